@@ -1,0 +1,63 @@
+"""The dtype policy of every matrix product: operands in their own dtype, sums in fp32, one rounding at the end.
+
+On CUDA, 16-bit operands feed the tensor cores and results leave as fp32 (`out_dtype`). A CPU has no such GEMM, so
+`operand` copies a tile of 16-bit operands to fp32 first, where products of 16-bit numbers are exact.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from .plan import HALF_DTYPES
+
+
+def stats_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of logits, log-probs and accumulators for inputs of `dtype`: fp32, or fp64 for fp64."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def needs_upcast(t: Tensor) -> bool:
+    """Whether tiles of `t` are copied to fp32 before a product: 16-bit numbers on a CPU."""
+    return t.dtype in HALF_DTYPES and not t.is_cuda
+
+
+def operand(t: Tensor) -> Tensor:
+    """A tile in the dtype in which it enters products."""
+    return t.float() if needs_upcast(t) else t
+
+
+@contextmanager
+def full_precision_sums() -> Iterator[None]:
+    """Forbid cuBLAS to add up partial sums of 16-bit products in 16 bits (its default for split-K)."""
+    matmul = torch.backends.cuda.matmul
+    names = (
+        "allow_bf16_reduced_precision_reduction",
+        "allow_fp16_reduced_precision_reduction",
+        "allow_fp16_accumulation",
+    )
+    before = [(name, getattr(matmul, name)) for name in names]
+    try:
+        for name in names:
+            setattr(matmul, name, False)
+        yield
+    finally:
+        for name, value in before:
+            setattr(matmul, name, value)
+
+
+def mm(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    """out = a·b, summed in fp32 and rounded once to out's dtype."""
+    if out.dtype == a.dtype:
+        return torch.mm(a, b, out=out)
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=out.dtype, out=out)
+    return out.copy_(torch.mm(a, b))
+
+
+def addmm(acc: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """acc += a·b in acc's dtype."""
+    if acc.dtype == a.dtype:
+        return acc.addmm_(a, b)
+    return torch.addmm(acc, a, b, out_dtype=acc.dtype, out=acc)

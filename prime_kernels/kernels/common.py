@@ -1,0 +1,113 @@
+"""What every kernel shares: the head's logit, accurate elementary functions, and the running row statistics.
+
+The statistics of a row are kept over its *other* tokens, those that are not the target, because log p of a target
+that leads by more than 16 nats is −log1p(Σ_others), which `target − logsumexp` rounds to 0 in fp32:
+
+    max     m = max_{v≠t} z_v
+    sum     s = Σ_{v≠t} e^{z_v − m}
+    moment  u = Σ_{v≠t} e^{z_v − m}·(z_v − m)        for the entropy
+    target  z_t, or 0 where the target is not among the columns seen
+
+Partial statistics of disjoint columns merge exactly in any grouping; target parts add up.
+"""
+
+import os
+
+import triton
+import triton.language as tl
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+# Stands for the maximum of no logits. Finite, so that no difference of maxima is −inf − −inf.
+FLOOR = -1e38
+# Codes of targets that are no column: an ignored token (log-prob 0), a target outside the vocabulary (NaN).
+IGNORED, INVALID = -(1 << 62), -(1 << 62) + 1
+# Floor of z − max where it multiplies e^{z − max}: e^{−200} is 0 in fp32, and 0·−200 is 0 where 0·−inf is NaN.
+EXP_FLOOR = -200.0
+
+_FLOOR = tl.constexpr(FLOOR)
+_IGNORED = tl.constexpr(IGNORED)
+_EXP_FLOOR = tl.constexpr(EXP_FLOOR)
+
+
+@triton.jit
+def tanh_and_slope(x):
+    """tanh(x) to 1.5 ulp, and its derivative 1 − tanh² without cancellation."""
+    e = tl.exp(-2.0 * tl.abs(x))
+    r = 1.0 / (1.0 + e)
+    far = 1.0 - 2.0 * e * r
+    # |x| ≤ 5/8: x + x·t·P(t), t = x², with P interpolating (tanh(x)/x − 1)/t at the Chebyshev nodes.
+    t = x * x
+    p = -0.006096714176237583 * t + 0.020997179672122
+    p = p * t - 0.05385090783238411
+    p = p * t + 0.1333276927471161
+    p = p * t - 0.333333283662796
+    near = x + x * t * p
+    return tl.where(tl.abs(x) <= 0.625, near, tl.where(x < 0, -far, far)), 4.0 * e * r * r
+
+
+@triton.jit
+def log1p(x):
+    """log(1 + x) for x ≥ 0, exact to rounding for small x: the error of 1 + x cancels in x/((1 + x) − 1)."""
+    y = 1.0 + x
+    # Where y is inf, so is log(y); the quotient would be NaN.
+    return tl.where(y == 1.0, x, tl.where(x > 1e18, tl.log(y), tl.log(y) * (x / (y - 1.0))))
+
+
+@triton.jit
+def inverse_temperature(tau):
+    """1/τ of each row; NaN where τ is not positive, so that such a row has no plausible result."""
+    return tl.where(tau > 0, 1.0 / tau, float("nan"))
+
+
+@triton.jit
+def head_logit(x, bias, scale, softcap):
+    """z = softcap·tanh((x + bias)/softcap)·scale for raw products x; None leaves a step out."""
+    if bias is not None:
+        x = x + bias
+    if softcap is not None:
+        x, _ = tanh_and_slope(tl.div_rn(x, softcap))
+        x = x * softcap
+    if scale is not None:
+        x = x * scale
+    return x
+
+
+@triton.jit
+def merge(m_a, s_a, u_a, m_b, s_b, u_b):
+    """Statistics of the union of two disjoint sets of columns."""
+    m = tl.maximum(m_a, m_b)
+    a = tl.exp(m_a - m)
+    b = tl.exp(m_b - m)
+    u = a * (u_a + s_a * (m_a - m)) + b * (u_b + s_b * (m_b - m))
+    return m, a * s_a + b * s_b, u
+
+
+@triton.jit
+def logit_gradient(
+    x, bias, scale, softcap, is_target, is_ignored, m, logsum, entropy, dlogp, others, dentropy
+):  # fmt: skip
+    """∂L/∂x for raw products x, from ∂L/∂log p (dlogp) and ∂L/∂H (dentropy, or None), through `head_logit`:
+
+        p_v = e^{(z_v − m) − logsum},  ∂log p_t/∂z_v = [v = t] − p_v,  ∂H/∂z_v = −p_v·(log p_v + H)
+
+    The target's 1 − p_t comes in as `others` = Σ_{v≠t} p_v, which does not cancel. An ignored row is exactly 0.
+    """
+    if bias is not None:
+        x = x + bias
+    z = x
+    if softcap is not None:
+        tanh, slope = tanh_and_slope(tl.div_rn(x, softcap))
+        z = tanh * softcap
+    if scale is not None:
+        z = z * scale
+    logp = (z - m) - logsum
+    p = tl.exp(logp)
+    d = tl.where(is_target, dlogp * others, -dlogp * p)
+    if dentropy is not None:
+        d -= p * (dentropy * (tl.maximum(logp, _EXP_FLOOR) + entropy))
+    if softcap is not None:
+        d *= slope
+    if scale is not None:
+        d *= scale
+    return tl.where(is_ignored, 0.0, d)

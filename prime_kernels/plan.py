@@ -1,0 +1,237 @@
+"""What runs for which shape, dtype and architecture: strategies, tile sizes and kernel settings, as data.
+
+Everything here is a pure function of numbers, so that a plan can be read, tested and reasoned about without a GPU.
+N tokens, D hidden size, V vocabulary columns.
+"""
+
+from dataclasses import dataclass
+from math import ceil
+from typing import Literal
+
+import torch
+
+Strategy = Literal["torch", "chunked", "fused"]
+
+BACKENDS = ("auto", "triton", "torch", "chunked", "fused")
+TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+HALF_DTYPES = (torch.bfloat16, torch.float16)
+
+# Tiles of more tokens than this gain nothing: a GEMM is compute-bound long before, and the rows of a tile are
+# the depth (K) of the weight-gradient GEMM, whose fp32 read-modify-write then costs under 5% of its time.
+MAX_TILE_ROWS = 8192
+# Fewer columns than this starve a GEMM of parallelism, so the tokens of a tile are halved first.
+GOOD_TILE_COLS = 2048
+MIN_TILE_ROWS, MIN_TILE_COLS = 16, 16
+
+
+def choose_strategy(backend: str, *, arch: int, dtype: torch.dtype) -> Strategy:
+    """The strategy that serves `backend` for inputs of `dtype` on compute capability `arch` (90 is sm_90, 0 a CPU).
+
+    | backend   | runs                                                                         |
+    |-----------|------------------------------------------------------------------------------|
+    | "auto"    | "chunked" on NVIDIA GPUs from sm_80 on, for dtypes it takes; "torch" elsewhere |
+    | "triton"  | "chunked": cuBLAS for the GEMMs, Triton for everything per logit               |
+    | "chunked" | that strategy                                                                |
+    | "fused"   | Triton GEMMs whose epilogue consumes the logits; bf16 and fp16 only          |
+    | "torch"   | plain torch in the same tiles                                                |
+
+    Raises:
+        ValueError: the backend is unknown, or cannot run this dtype.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
+    if backend == "auto":
+        return "chunked" if arch >= 80 and dtype in TRITON_DTYPES else "torch"
+    if backend == "torch":
+        return "torch"
+    if backend == "fused":
+        if dtype not in HALF_DTYPES:
+            raise ValueError(f"backend='fused' takes hidden of bfloat16 or float16, got {dtype}; use 'chunked'")
+        return "fused"
+    if dtype not in TRITON_DTYPES:
+        raise ValueError(
+            f"backend={backend!r} takes hidden of float32, bfloat16 or float16, got {dtype}; use backend='torch'"
+        )
+    return "chunked"
+
+
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    """The grid of [rows, cols] tiles in which the logits are visited, and what stays in memory meanwhile."""
+
+    rows: int  # tokens in a tile
+    cols: int  # vocabulary columns in a tile
+    resident: int  # leading tokens whose fp32 dX is held for a whole sweep over the vocabulary
+
+
+def plan_tiling(N: int, D: int, V: int, *, workspace: int, bytes_per_logit: int, half: bool, copies: bool) -> Tiling:
+    """Tiles for a call on [N, D] hidden states and [V, D] weights that keep scratch memory within `workspace` bytes.
+
+    The same grid serves forward and backward, so that both see the same logits. Counted are, at the worst moment,
+
+        rows·cols·bytes_per_logit                          the tile's logits and what is derived from them
+      + max(resident, rows)·D·4    if half                 fp32 accumulator of dX
+      + cols·D·4                   if half and (rows < N or copies)   fp32 accumulator of a slice of dW
+      + (rows + cols)·D·4          if copies               copies of the tile's operands
+      + rows·64 + cols·8 + N·24                            row statistics, bias gradient, per-token inputs
+
+    With `half` (bf16 or fp16 inputs) the output cannot serve as its own accumulator. At most half the workspace
+    holds resident dX; each token beyond pays one more recomputation of its logits, 2·D·V FLOP. Only `cols` depends
+    on V, so ranks that hold unequal parts of a vocabulary visit the same blocks of tokens.
+
+    Args:
+        bytes_per_logit: scratch bytes that the strategy takes for each logit of a tile.
+        half: inputs are of a 16-bit dtype.
+        copies: a tile's operands are copied first: 16-bit ones to fp32 on a CPU, or for their strides.
+
+    Raises:
+        ValueError: not even the smallest tile fits.
+    """
+    limit = MAX_TILE_ROWS
+    while True:
+        rows = _even_share(N, limit, multiple=128)
+        resident = N
+        if half:
+            fits = workspace // 2 // (4 * D)
+            resident = N if fits >= N else fits // rows * rows
+        fixed = rows * 64 + N * 24
+        fixed += 4 * D * max(resident, rows) if half else 0
+        fixed += 4 * D * rows if copies else 0
+        per_col = rows * bytes_per_logit + 8
+        per_col += 4 * D * (int(half and (rows < N or copies)) + int(copies))
+        cols = (workspace - fixed) // per_col
+        if cols >= GOOD_TILE_COLS or rows <= MIN_TILE_ROWS:
+            break
+        limit = max(rows // 2, MIN_TILE_ROWS)
+    if cols < MIN_TILE_COLS:
+        raise ValueError(
+            f"a workspace of {workspace} bytes is too small for {N} tokens of hidden size {D}: "
+            f"set_workspace needs at least {2 * (fixed + MIN_TILE_COLS * per_col)} bytes"
+        )
+    return Tiling(rows=rows, cols=_even_share(V, cols, multiple=256), resident=resident)
+
+
+def _even_share(total: int, limit: int, *, multiple: int) -> int:
+    """The size of near-equal pieces of `total`, none above `limit`, a multiple of `multiple` where that fits."""
+    if total <= limit:
+        return total
+    share = ceil(total / ceil(total / limit))
+    rounded = ceil(share / multiple) * multiple
+    if rounded <= limit:
+        return rounded
+    return max(limit // multiple * multiple, min(limit, multiple))
+
+
+def blocks(total: int, size: int) -> list[tuple[int, int]]:
+    """Consecutive (start, stop) ranges of at most `size` that cover range(total)."""
+    return [(start, min(start + size, total)) for start in range(0, total, size)]
+
+
+@dataclass(frozen=True, slots=True)
+class RowSettings:
+    """Launch settings of a kernel that walks along rows of logits."""
+
+    block_v: int
+    num_warps: int
+
+
+# Memory-bound: 16 fp32 logits a thread keep enough 16-byte loads in flight, several programs share an SM.
+ROW_STATS = RowSettings(block_v=2048, num_warps=4)
+ROW_DLOGITS = RowSettings(block_v=2048, num_warps=4)
+FINISH_BLOCK_N = 128
+
+
+@dataclass(frozen=True, slots=True)
+class GemmSettings:
+    """Launch settings of a Triton GEMM with an epilogue on its logits."""
+
+    block_n: int
+    block_v: int
+    block_d: int
+    num_warps: int
+    num_stages: int
+    tma: bool
+    warp_specialize: bool = False
+    flatten: bool = False
+
+
+# By architecture, then by the weight of the epilogue, which shares the register file with the tile's accumulator.
+# Statistics: bare or temperature; bias or softcap; the ragged rest of the vocabulary.
+# Gradients:  bare, bias or temperature; entropy; softcap.
+# Chosen by compilation: the largest tile with the architecture's matrix instruction and no spilled register. Warp
+# specialisation engages on sm_100 with a flattened loop; on sm_90 it needs 4 warps, whose largest tile that compiles
+# without spills (64×128) asks more of L2 than it saves.
+# Entry 0 is the interpreter, where every tile costs the same Python time.
+FUSED_STATS: dict[int, tuple[GemmSettings, ...]] = {
+    0: (
+        GemmSettings(32, 1024, 64, num_warps=4, num_stages=1, tma=True),
+        GemmSettings(32, 512, 64, num_warps=4, num_stages=1, tma=True),
+        GemmSettings(32, 64, 64, num_warps=4, num_stages=1, tma=True),
+    ),
+    80: (
+        GemmSettings(128, 128, 32, num_warps=8, num_stages=4, tma=False),
+        GemmSettings(128, 64, 32, num_warps=8, num_stages=4, tma=False),
+        GemmSettings(128, 64, 32, num_warps=8, num_stages=4, tma=False),
+    ),
+    90: (
+        GemmSettings(128, 256, 64, num_warps=8, num_stages=3, tma=True),
+        GemmSettings(128, 128, 64, num_warps=8, num_stages=4, tma=True),
+        GemmSettings(128, 64, 64, num_warps=8, num_stages=4, tma=True),
+    ),
+    100: (
+        GemmSettings(128, 128, 64, num_warps=8, num_stages=4, tma=True, warp_specialize=True, flatten=True),
+        GemmSettings(128, 64, 64, num_warps=8, num_stages=4, tma=True),
+        GemmSettings(128, 64, 64, num_warps=8, num_stages=4, tma=True),
+    ),
+}
+FUSED_DLOGITS: dict[int, tuple[GemmSettings, ...]] = {
+    0: (
+        GemmSettings(32, 1024, 64, num_warps=4, num_stages=1, tma=True),
+        GemmSettings(32, 512, 64, num_warps=4, num_stages=1, tma=True),
+        GemmSettings(32, 64, 64, num_warps=4, num_stages=1, tma=True),
+    ),
+    80: (
+        GemmSettings(128, 128, 32, num_warps=8, num_stages=4, tma=False),
+        GemmSettings(128, 128, 32, num_warps=8, num_stages=4, tma=False),
+        GemmSettings(128, 64, 32, num_warps=8, num_stages=4, tma=False),
+    ),
+    90: (
+        GemmSettings(128, 256, 64, num_warps=8, num_stages=4, tma=True),
+        GemmSettings(128, 128, 64, num_warps=8, num_stages=4, tma=True),
+        GemmSettings(128, 64, 64, num_warps=8, num_stages=4, tma=True),
+    ),
+    100: (
+        GemmSettings(128, 256, 64, num_warps=8, num_stages=4, tma=True, warp_specialize=True, flatten=True),
+        GemmSettings(128, 128, 64, num_warps=8, num_stages=4, tma=True, warp_specialize=True, flatten=True),
+        GemmSettings(128, 64, 64, num_warps=8, num_stages=4, tma=True, warp_specialize=True, flatten=True),
+    ),
+}
+
+
+def _of_architecture(table: dict[int, tuple[GemmSettings, ...]], arch: int) -> tuple[GemmSettings, ...]:
+    """The entry of the newest architecture that is not newer than `arch`."""
+    return table[max(capability for capability in table if capability <= arch)]
+
+
+def stats_settings(arch: int, *, ragged: bool, bias: bool, softcap: bool) -> GemmSettings:
+    """Settings of `fused_stats` on compute capability `arch`."""
+    return _of_architecture(FUSED_STATS, arch)[2 if ragged else int(bias or softcap)]
+
+
+def dlogits_settings(arch: int, *, entropy: bool, softcap: bool) -> GemmSettings:
+    """Settings of `fused_dlogits` on compute capability `arch`."""
+    return _of_architecture(FUSED_DLOGITS, arch)[2 if softcap else int(entropy)]
+
+
+def vocab_splits(N: int, tiles: int, *, block_n: int, sms: int) -> int:
+    """Into how many parts `tiles` tiles of vocabulary are split so that blocks of N tokens × parts keep `sms` busy.
+
+    Every program walks one part of the vocabulary for one block of tokens, and starting one costs about a tile's
+    time. Of all counts that leave each part at least four tiles deep, the quickest wins; ties go to fewer parts.
+    """
+    token_blocks = ceil(N / block_n)
+
+    def tile_times(splits: int) -> int:
+        return ceil(token_blocks * splits / sms) * (ceil(tiles / splits) + 1)
+
+    return min(range(1, max(1, min(tiles // 4, sms)) + 1), key=lambda splits: (tile_times(splits), splits))

@@ -1,0 +1,29 @@
+"""How much scratch memory an op may take beyond its inputs, outputs and gradients."""
+
+MIB = 1 << 20
+
+DEFAULT_LOGPROB_WORKSPACE = 512 * MIB
+
+_override: int | None = None
+
+
+def set_workspace(nbytes: int | None) -> None:
+    """Bound the scratch memory of every op of this package to `nbytes` bytes; None restores the default.
+
+    The default is 512 MiB for log-probs. The bound is on what an op allocates beyond its inputs, outputs and
+    gradients. A larger one lets an op work in larger tiles; results agree to fp32 rounding, and the same bound
+    gives the same bits. The setting is the process's own, read when an op runs.
+
+    Raises:
+        ValueError: `nbytes` is not a positive integer. A bound too small for the shapes of a call is reported
+            by that call.
+    """
+    global _override
+    if nbytes is not None and (not isinstance(nbytes, int) or nbytes <= 0):
+        raise ValueError(f"nbytes must be a positive number of bytes or None, got {nbytes!r}")
+    _override = nbytes
+
+
+def logprob_workspace() -> int:
+    """Bytes that one call of `linear_logprob` (or its backward) may take."""
+    return DEFAULT_LOGPROB_WORKSPACE if _override is None else _override
