@@ -1,0 +1,39 @@
+"""Where the kernels run: interpreted on the CPU, or compiled on a GPU under `pytest -m gpu` (`make test-gpu`)."""
+
+import os
+
+import pytest
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Read by Triton when a kernel is defined, so before anything imports prime_kernels.
+    on_gpu = config.getoption("-m") == "gpu"
+    os.environ.setdefault("TRITON_INTERPRET", "0" if on_gpu else "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    import torch
+
+    interpreted = os.environ["TRITON_INTERPRET"] == "1"
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+        elif item.get_closest_marker("gpu") and interpreted:
+            item.add_marker(pytest.mark.skip(reason="kernels are interpreted in this run; use `make test-gpu`"))
+
+
+@pytest.fixture(autouse=True)
+def _restore_workspace():
+    yield
+    from prime_kernels import set_workspace
+
+    set_workspace(None)
+
+
+@pytest.fixture(autouse=True)
+def _quiet_interpreter():
+    """numpy warns of overflows and NaN in lanes that a kernel's tl.where then discards."""
+    import numpy
+
+    with numpy.errstate(all="ignore"):
+        yield

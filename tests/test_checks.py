@@ -1,0 +1,105 @@
+"""Bad input is refused by name: what it is, what was found, what is wanted."""
+
+import socket
+
+import pytest
+import torch
+
+from prime_kernels import linear_logprob, set_workspace
+
+
+def call(**changes):
+    args = {
+        "hidden": torch.randn(2, 3, 8),
+        "weight": torch.randn(11, 8),
+        "targets": torch.zeros(2, 3, dtype=torch.int64),
+    }
+    args |= changes
+    return linear_logprob(args.pop("hidden"), args.pop("weight"), args.pop("targets"), **args)
+
+
+CASES = [
+    ({"hidden": [1.0]}, TypeError, r"hidden must be a tensor, got list"),
+    ({"hidden": torch.ones(2, 3, 8).long()}, TypeError, r"hidden must be float32, .* got torch.int64"),
+    ({"hidden": torch.tensor(1.0)}, ValueError, r"hidden must have shape \[\.\.\., D\], got a scalar"),
+    ({"weight": torch.ones(11, 7)}, ValueError, r"weight must .* \[V, 8\] for hidden \[2, 3, 8\], got \[11, 7\]"),
+    ({"weight": torch.ones(8)}, ValueError, r"weight must have shape \[V, 8\]"),
+    ({"weight": torch.ones(0, 8)}, ValueError, r"weight must have at least one row, got \[0, 8\]"),
+    ({"weight": torch.ones(11, 8).half()}, TypeError, r"weight must have hidden's dtype .*float32, got torch.float16"),
+    ({"weight": torch.ones(11, 8, device="meta")}, ValueError, r"weight must be on hidden's device cpu, got meta"),
+    ({"targets": torch.zeros(3, 2).long()}, ValueError, r"targets must have .* shape \[2, 3\], got \[3, 2\]"),
+    ({"targets": torch.zeros(2, 3).int()}, TypeError, r"targets must be int64, got torch.int32"),
+    ({"targets": torch.full((2, 3), 11)}, ValueError, r"targets must be in \[0, 11\) or .*, got 11 at token 0"),
+    ({"targets": torch.full((2, 3), -1)}, ValueError, r"targets must be .* got -1 at token 0 \(6 such tokens\)"),
+    ({"bias": torch.ones(10)}, ValueError, r"bias must have shape \[11\], got \[10\]"),
+    ({"bias": torch.ones(11).double()}, TypeError, r"bias must have weight's dtype torch.float32, got torch.float64"),
+    ({"temperature": 0.0}, ValueError, r"temperature must be > 0, got 0.0"),
+    ({"temperature": -1}, ValueError, r"temperature must be > 0, got -1"),
+    ({"temperature": "1"}, TypeError, r"temperature must be a float or a tensor, got str"),
+    ({"temperature": torch.ones(3)}, ValueError, r"temperature must .* shape \[2, 3\], got \[3\]"),
+    ({"temperature": torch.ones(2, 3).long()}, TypeError, r"temperature must be a float or a floating"),
+    ({"temperature": torch.tensor([[1.0, 1, 1], [1, 0, 1]])}, ValueError, r"temperature .* > 0, got 0.0 at token 4"),
+    ({"temperature": torch.ones(2, 3, requires_grad=True)}, ValueError, r"temperature must not require grad"),
+    ({"softcap": 0.0}, ValueError, r"softcap must be > 0 or None, got 0.0"),
+    ({"backend": "cuda"}, ValueError, r"backend must be one of"),
+    ({"backend": "fused"}, ValueError, r"backend='fused' takes hidden of bfloat16 or float16, got torch.float32"),
+]
+
+
+@pytest.mark.parametrize(("changes", "error", "message"), CASES)
+def test_bad_input_is_refused_by_name(changes, error, message):
+    with pytest.raises(error, match=message):
+        call(**changes)
+
+
+def test_ignored_targets_need_not_be_in_range():
+    assert call(targets=torch.full((2, 3), 99), ignore_index=99).logp.eq(0).all()
+
+
+@pytest.mark.parametrize("nbytes", [0, -1, 1.5, "1"])
+def test_workspace_must_be_a_positive_number_of_bytes(nbytes):
+    with pytest.raises(ValueError, match="nbytes must be a positive number of bytes or None"):
+        set_workspace(nbytes)
+
+
+def test_a_call_that_no_tile_of_the_workspace_fits_says_what_would():
+    set_workspace(100)
+    with pytest.raises(
+        ValueError, match=r"a workspace of 100 bytes is too small .* set_workspace needs at least \d+ bytes"
+    ):
+        call()
+
+
+def test_a_dtensor_weight_is_refused_with_the_way_out():
+    from torch.distributed import destroy_process_group, init_process_group
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
+    try:
+        weight = distribute_tensor(torch.randn(11, 8), init_device_mesh("cpu", (1,)), [Shard(0)])
+        with pytest.raises(TypeError, match=r"weight must be a plain tensor, got a DTensor \[11, 8\]: under FSDP2"):
+            call(weight=weight)
+    finally:
+        destroy_process_group()
+
+
+@pytest.mark.gpu
+def test_targets_are_checked_on_cuda_where_asked_for(monkeypatch):
+    monkeypatch.setenv("PRIME_KERNELS_CHECK", "1")
+    args = (
+        torch.randn(4, 8, device="cuda"),
+        torch.randn(11, 8, device="cuda"),
+        torch.full((4,), 11, device="cuda"),
+    )
+    with pytest.raises(ValueError, match=r"targets must be in \[0, 11\)"):
+        linear_logprob(*args)
+
+
+@pytest.mark.gpu
+def test_triton_on_cpu_tensors_needs_the_interpreter():
+    with pytest.raises(ValueError, match=r"backend='triton' needs an NVIDIA GPU"):
+        call(backend="triton")

@@ -1,0 +1,118 @@
+"""The plan: which strategy, which tiles, and that the tiles cover everything within the workspace."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from prime_kernels import plan
+from prime_kernels.plan import blocks, choose_strategy, plan_tiling, vocab_splits
+
+MIB = 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("backend", "arch", "dtype", "want"),
+    [
+        ("auto", 0, torch.bfloat16, "torch"),
+        ("auto", 75, torch.float16, "torch"),
+        ("auto", 80, torch.bfloat16, "chunked"),
+        ("auto", 90, torch.float32, "chunked"),
+        ("auto", 90, torch.float64, "torch"),
+        ("auto", 120, torch.bfloat16, "chunked"),
+        ("triton", 0, torch.float32, "chunked"),
+        ("chunked", 90, torch.bfloat16, "chunked"),
+        ("fused", 90, torch.bfloat16, "fused"),
+        ("torch", 90, torch.float64, "torch"),
+    ],
+)
+def test_strategy_follows_backend_architecture_and_dtype(backend, arch, dtype, want):
+    assert choose_strategy(backend, arch=arch, dtype=dtype) == want
+
+
+def test_strategy_refuses_what_no_kernel_takes():
+    with pytest.raises(ValueError, match=r"backend must be one of 'auto', .*'fused', got 'cuda'"):
+        choose_strategy("cuda", arch=90, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"backend='fused' takes hidden of bfloat16 or float16, got torch.float32"):
+        choose_strategy("fused", arch=90, dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"backend='triton' takes .* got torch.float64; use backend='torch'"):
+        choose_strategy("triton", arch=90, dtype=torch.float64)
+
+
+def test_a_7b_head_at_8192_tokens_is_cut_into_slices_with_all_of_dx_resident():
+    tiling = plan_tiling(8192, 4096, 131072, workspace=512 * MIB, bytes_per_logit=6, half=True, copies=False)
+    assert (tiling.rows, tiling.resident) == (8192, 8192)
+    assert tiling.cols % 256 == 0
+    # 384 MiB remain beside 128 MiB of dX: tiles of about 8,000 columns, whose GEMMs fill any GPU.
+    assert 7168 <= tiling.cols <= 8192
+
+
+def test_only_some_dx_is_resident_when_all_of_it_exceeds_half_the_workspace():
+    tiling = plan_tiling(65536, 4096, 131072, workspace=512 * MIB, bytes_per_logit=6, half=True, copies=False)
+    assert 0 < tiling.resident < 65536
+    assert tiling.resident * 4096 * 4 <= 256 * MIB
+    assert tiling.resident % tiling.rows == 0
+
+
+def test_blocks_of_tokens_do_not_depend_on_the_vocabulary():
+    # Ranks with unequal parts of a vocabulary reduce the same blocks together.
+    shared = {"workspace": 512 * MIB, "bytes_per_logit": 6, "half": True, "copies": False}
+    tilings = [plan_tiling(50_000, 3584, V, **shared) for V in (1, 97, 38016, 152064)]
+    assert len({(t.rows, t.resident) for t in tilings}) == 1
+
+
+@given(
+    N=st.integers(1, 200_000),
+    D=st.integers(1, 8192),
+    V=st.integers(1, 300_000),
+    mib=st.integers(64, 2048),
+    bytes_per_logit=st.sampled_from([2, 4, 6, 12, 24]),
+    half=st.booleans(),
+    copies=st.booleans(),
+)
+def test_tiles_stay_within_the_workspace_for_any_shape(N, D, V, mib, bytes_per_logit, half, copies):
+    tiling = plan_tiling(N, D, V, workspace=mib * MIB, bytes_per_logit=bytes_per_logit, half=half, copies=copies)
+    rows, cols, resident = tiling.rows, tiling.cols, tiling.resident
+    assert 1 <= rows <= N
+    assert 1 <= cols <= V
+    assert 0 <= resident <= N
+    held = rows * cols * bytes_per_logit
+    held += max(resident, rows) * D * 4 * half
+    held += cols * D * 4 * (half and (rows < N or copies))
+    held += (rows + cols) * D * 4 * copies
+    assert held <= mib * MIB
+
+
+def test_a_workspace_too_small_for_any_tile_is_refused_with_the_size_it_takes():
+    with pytest.raises(ValueError, match=r"a workspace of 1000 bytes is too small for 64 tokens of hidden size 4096"):
+        plan_tiling(64, 4096, 1000, workspace=1000, bytes_per_logit=6, half=True, copies=False)
+
+
+@given(st.integers(0, 10_000), st.integers(1, 3_000))
+def test_blocks_cover_a_range_once_and_in_order(total, size):
+    covered = [i for start, stop in blocks(total, size) for i in range(start, stop)]
+    assert covered == list(range(total))
+    assert all(stop - start <= size for start, stop in blocks(total, size))
+
+
+def test_vocabulary_is_split_so_that_the_last_wave_of_programs_is_full():
+    # 64 blocks of tokens on 132 processors: two parts keep 128 of them busy.
+    assert vocab_splits(8192, 512, block_n=128, sms=132) == 2
+    # One block of tokens: as many parts as there are processors, none shallower than four tiles.
+    assert vocab_splits(1, 594, block_n=128, sms=132) == 119
+    assert vocab_splits(1, 3, block_n=128, sms=132) == 1
+
+
+@pytest.mark.parametrize("arch", [0, 80, 86, 89, 90, 100, 103, 120])
+def test_every_architecture_has_settings(arch):
+    for flag in (False, True):
+        assert plan.stats_settings(arch, ragged=flag, bias=flag, softcap=flag).block_n > 0
+        assert plan.dlogits_settings(arch, entropy=flag, softcap=flag).block_n > 0
+    assert plan.stats_settings(89, ragged=False, bias=False, softcap=False).tma is False
+
+
+def test_settings_of_a_heavier_epilogue_have_no_larger_tile():
+    for table in (plan.FUSED_STATS, plan.FUSED_DLOGITS):
+        for settings in table.values():
+            sizes = [s.block_n * s.block_v for s in settings]
+            assert sizes == sorted(sizes, reverse=True)
