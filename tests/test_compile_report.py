@@ -27,7 +27,7 @@ def kernels(tmp_path_factory) -> list[dict]:
     return json.loads(out.read_text())["kernels"]
 
 
-# One test, so that one process compiles.
+@pytest.mark.slow
 def test_every_kernel_compiles_without_spills_and_with_the_architectures_instructions(kernels):
     from benchmarks.compile_report import MATRIX_INSTRUCTION, VARIANTS
 
