@@ -73,7 +73,7 @@ def plan_tiling(N: int, D: int, V: int, *, workspace: int, bytes_per_logit: int,
       + max(resident, rows)·D·4    if half                 fp32 accumulator of dX
       + cols·D·4                   if half and (rows < N or copies)   fp32 accumulator of a slice of dW
       + (rows + cols)·D·4          if copies               copies of the tile's operands
-      + rows·64 + cols·8 + N·24                            row statistics, bias gradient, per-token inputs
+      + rows·96 + cols·8 + N·24                            row statistics, bias gradient, per-token inputs
 
     With `half` (bf16 or fp16 inputs) the output cannot serve as its own accumulator. At most half the workspace
     holds resident dX; each token beyond pays one more recomputation of its logits, 2·D·V FLOP. Only `cols` depends
@@ -94,7 +94,7 @@ def plan_tiling(N: int, D: int, V: int, *, workspace: int, bytes_per_logit: int,
         if half:
             fits = workspace // 2 // (4 * D)
             resident = N if fits >= N else fits // rows * rows
-        fixed = rows * 64 + N * 24
+        fixed = rows * 96 + N * 24
         fixed += 4 * D * max(resident, rows) if half else 0
         fixed += 4 * D * rows if copies else 0
         per_col = rows * bytes_per_logit + 8

@@ -1,15 +1,11 @@
 """The three ways to work on one tile of logits: plain torch, cuBLAS + row kernels, fused Triton GEMMs.
 
-A tile is some tokens (`Rows`) against some vocabulary columns (`Head`). Each strategy offers the same three steps,
-and the sweeps of `sweep.py` are written once on top of them:
-
-    row_stats(rows, head, col_step)  -> partial statistics of every row over the whole vocabulary [K, 4, n]
-    finish(partials, codes)          -> RowStats [n]
-    dlogits(rows, head, grads)       -> gradient of the tile's raw logits [n, s], in the dtype products take
+A tile is some tokens (`Rows`) against some vocabulary columns (`Head`). Each strategy offers the same steps, and the
+sweeps of `sweep.py` and `onepass.py` are written once on top of them.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -74,26 +70,67 @@ class RowGrads:
         return RowGrads(stats=self.stats[at], dlogp=self.dlogp[at], dentropy=dentropy, others=self.others[at])
 
 
-class Tiles(Protocol):
-    bytes_per_logit: int
+class Tiles(ABC):
+    """The steps on one tile; each strategy implements them."""
 
-    def row_stats(self, rows: Rows, head: Head, col_step: int) -> Tensor: ...
+    keeps_logits: bool  # whether products, fold and gradient are there: logits of a tile stay in memory between them
+    bytes_per_logit: int  # scratch memory a logit of a tile, at the most
 
-    def finish(self, partials: Tensor, codes: Tensor) -> RowStats: ...
+    @abstractmethod
+    def row_stats(self, rows: Rows, head: Head, col_step: int) -> Tensor:
+        """Partial statistics [K, 4, n] over all columns of the head."""
 
-    def dlogits(self, rows: Rows, head: Head, grads: RowGrads) -> Tensor: ...
+    @abstractmethod
+    def dlogits(self, rows: Rows, head: Head, grads: RowGrads) -> Tensor:
+        """Gradient [n, s] of the tile's products, in the dtype products take."""
+
+    def finish(self, partials: Tensor, codes: Tensor) -> RowStats:
+        """Results of each row from its partial statistics."""
+        logp, entropy, row_max, logsum = (partials.new_empty(len(codes)) for _ in range(4))
+        row_kernels.finish(partials, codes, logp, entropy, row_max, logsum)
+        return RowStats(logp=logp, entropy=entropy, max=row_max, logsum=logsum)
 
 
-def make_tiles(strategy: Strategy, hidden: Tensor) -> Tiles:
-    """The tile operations of `strategy` for hidden states like `hidden`."""
-    if strategy == "torch":
-        return TorchTiles(hidden)
-    if strategy == "chunked":
-        return ChunkedTiles(hidden)
-    return FusedTiles(hidden)
+class LogitTiles(Tiles):
+    """Tiles whose logits are in memory: products, then statistics of them, then their gradient in their place."""
+
+    keeps_logits = True
+
+    def products(self, rows: Rows, head: Head, col_step: int) -> Tensor:
+        """hidden·weightᵀ [n, s] in fp32 (fp64), computed `col_step` columns at a time."""
+        x = self.empty_tile(len(rows.codes), len(head.weight), rows.hidden)
+        if len(head.weight) <= col_step:
+            return gemm.mm(rows.hidden, head[0 : len(head.weight)].weight.t(), out=x)
+        for start, stop in blocks(len(head.weight), col_step):
+            gemm.mm(rows.hidden, head[start:stop].weight.t(), out=x[:, start:stop])
+        return x
+
+    @abstractmethod
+    def empty_tile(self, n: int, s: int, like: Tensor) -> Tensor:
+        """Memory for products [n, s]."""
+
+    @abstractmethod
+    def fold(self, x: Tensor, rows: Rows, head: Head, state: Tensor) -> Tensor:
+        """The running statistics [1, 4, n] with those of products x [n, s]; leaves x as it is."""
+
+    @abstractmethod
+    def gradient(self, x: Tensor, rows: Rows, head: Head, grads: RowGrads) -> Tensor:
+        """Gradient of products x [n, s]; consumes x."""
+
+    def row_stats(self, rows: Rows, head: Head, col_step: int) -> Tensor:
+        state = empty_state(len(rows.codes), rows.hidden)
+        for start, stop in blocks(len(head.weight), col_step):
+            part = head[start:stop]
+            x = self.products(rows, part, col_step)
+            state = self.fold(x, rows, part, state)
+            del x, part  # before the next ones are made
+        return state
+
+    def dlogits(self, rows: Rows, head: Head, grads: RowGrads) -> Tensor:
+        return self.gradient(self.products(rows, head, len(head.weight)), rows, head, grads)
 
 
-def _empty_state(n: int, like: Tensor) -> Tensor:
+def empty_state(n: int, like: Tensor) -> Tensor:
     """Running statistics of no columns [1, 4, n]: (max, sum, moment, target)."""
     state = like.new_zeros((1, 4, n), dtype=gemm.stats_dtype(like.dtype))
     state[:, 0].fill_(common.FLOOR)
@@ -109,7 +146,7 @@ def merge_partials(partials: Tensor) -> Tensor:
     return torch.stack((top, (s * scale).sum(0), (scale * (u + s * shift)).sum(0), target.sum(0)))[None]
 
 
-class TorchTiles:
+class TorchTiles(LogitTiles):
     """Plain torch on any device and in fp64 too; every temporary of tile size is reused in place."""
 
     def __init__(self, hidden: Tensor) -> None:
@@ -119,10 +156,11 @@ class TorchTiles:
         # Logits, their exponentials, tanh under a softcap; on a GPU also the gradient in 16 bits.
         self.bytes_per_logit = 3 * self.dtype.itemsize + (2 if hidden.is_cuda else 0)
 
-    def _logits(self, rows: Rows, head: Head) -> tuple[Tensor, Tensor | None]:
-        """z [n, s] and, under a softcap, tanh of the capped product."""
-        z = rows.hidden.new_empty((len(rows.hidden), len(head.weight)), dtype=self.dtype)
-        gemm.mm(rows.hidden, head.weight.t(), out=z)
+    def empty_tile(self, n: int, s: int, like: Tensor) -> Tensor:
+        return like.new_empty((n, s), dtype=self.dtype)
+
+    def _logits(self, z: Tensor, rows: Rows, head: Head) -> tuple[Tensor, Tensor | None]:
+        """z [n, s] in place of products and, under a softcap, tanh of the capped product."""
         if head.bias is not None:
             z += head.bias
         tanh = None
@@ -133,15 +171,8 @@ class TorchTiles:
             z /= _positive(rows.temperature)[:, None]
         return z, tanh
 
-    def row_stats(self, rows: Rows, head: Head, col_step: int) -> Tensor:
-        state = _empty_state(len(rows.codes), rows.hidden)
-        for start, stop in blocks(len(head.weight), col_step):
-            state = merge_partials(torch.cat((state, self._tile_stats(rows, head[start:stop]))))
-        return state
-
-    def _tile_stats(self, rows: Rows, head: Head) -> Tensor:
-        z, tanh = self._logits(rows, head)
-        del tanh
+    def fold(self, x: Tensor, rows: Rows, head: Head, state: Tensor) -> Tensor:
+        z = self._logits(x.clone(), rows, head)[0]
         column, owned = _target_columns(rows.codes, head)
         target = z.gather(1, column).squeeze(1).masked_fill_(~owned, 0)
         # The target leaves the row: its logit becomes −inf, its exponential 0.
@@ -150,7 +181,7 @@ class TorchTiles:
         e = z.sub_(m[:, None]).exp()
         s = e.sum(1)
         u = e.mul_(z.clamp_(min=self.exp_floor)).sum(1)
-        return torch.stack((m, s, u, target))[None]
+        return merge_partials(torch.cat((state, torch.stack((m, s, u, target))[None])))
 
     def finish(self, partials: Tensor, codes: Tensor) -> RowStats:
         m, s, u, target = merge_partials(partials)[0]
@@ -168,9 +199,9 @@ class TorchTiles:
             logp=logp.masked_fill_(ignored, 0), entropy=entropy.masked_fill_(ignored, 0), max=top, logsum=logsum
         )
 
-    def dlogits(self, rows: Rows, head: Head, grads: RowGrads) -> Tensor:
+    def gradient(self, x: Tensor, rows: Rows, head: Head, grads: RowGrads) -> Tensor:
         # See kernels.common.logit_gradient for the formulas.
-        z, tanh = self._logits(rows, head)
+        z, tanh = self._logits(x, rows, head)
         stats, (column, owned) = grads.stats, _target_columns(rows.codes, head)
         logp = z.sub_(stats.max[:, None]).sub_(stats.logsum[:, None])
         target_logp = logp.gather(1, column).squeeze(1)
@@ -203,40 +234,28 @@ def _target_columns(codes: Tensor, head: Head) -> tuple[Tensor, Tensor]:
     return torch.where(owned, column, 0)[:, None], owned
 
 
-class ChunkedTiles:
+class ChunkedTiles(LogitTiles):
     """cuBLAS writes a tile's logits in fp32, one row kernel reads each of them once."""
 
     def __init__(self, hidden: Tensor) -> None:
-        # The fp32 logits and, where products take another dtype, their gradient in it.
         self.dtype = gemm.operand(hidden[:0]).dtype
-        self.bytes_per_logit = 4 + (0 if self.dtype is torch.float32 else self.dtype.itemsize)
-        self.scratch: dict[torch.dtype, Tensor] = {}
+        self.bytes_per_logit = 4
+        self.scratch = hidden.new_empty(0, dtype=torch.float32)
 
-    def _tile(self, n: int, s: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """An [n, s] tile of memory that the next tile of this dtype takes over; the first one is the largest."""
-        if dtype not in self.scratch or len(self.scratch[dtype]) < n * s:
-            self.scratch[dtype] = torch.empty(n * s, dtype=dtype, device=device)
-        return self.scratch[dtype][: n * s].view(n, s)
+    def empty_tile(self, n: int, s: int, like: Tensor) -> Tensor:
+        # Every tile takes the same memory; the first is the largest. Rows start at multiples of 32 bytes.
+        stride = -(-s // 8) * 8
+        if len(self.scratch) < n * stride:
+            self.scratch = torch.empty(n * stride, dtype=torch.float32, device=like.device)
+        return self.scratch[: n * stride].view(n, stride)[:, :s]
 
-    def _products(self, rows: Rows, head: Head) -> Tensor:
-        x = self._tile(len(rows.hidden), len(head.weight), torch.float32, rows.hidden.device)
-        return gemm.mm(rows.hidden, head.weight.t(), out=x)
-
-    def row_stats(self, rows: Rows, head: Head, col_step: int) -> Tensor:
-        state = _empty_state(len(rows.codes), rows.hidden)
-        for start, stop in blocks(len(head.weight), col_step):
-            part = head[start:stop]
-            x = self._products(rows, part)
-            row_kernels.row_stats(x, part.bias, rows.codes, rows.temperature, state[0], part.start, part.softcap)
-            del part  # may be a copy, and the next one comes first
+    def fold(self, x: Tensor, rows: Rows, head: Head, state: Tensor) -> Tensor:
+        row_kernels.row_stats(x, head.bias, rows.codes, rows.temperature, state[0], head.start, head.softcap)
         return state
 
-    def finish(self, partials: Tensor, codes: Tensor) -> RowStats:
-        return _finish(partials, codes)
-
-    def dlogits(self, rows: Rows, head: Head, grads: RowGrads) -> Tensor:
-        x = self._products(rows, head)
-        dx = x if self.dtype == x.dtype else self._tile(len(x), x.shape[1], self.dtype, x.device)
+    def gradient(self, x: Tensor, rows: Rows, head: Head, grads: RowGrads) -> Tensor:
+        n, s = x.shape
+        dx = self.scratch[: n * x.stride(0)].view(self.dtype).view(n, -1)[:, :s]
         stats = grads.stats
         row_kernels.row_dlogits(
             x, head.bias, rows.codes, rows.temperature, stats.max, stats.logsum, stats.entropy,
@@ -245,8 +264,10 @@ class ChunkedTiles:
         return dx
 
 
-class FusedTiles:
+class FusedTiles(Tiles):
     """Triton GEMMs whose epilogue consumes the logits: nothing of vocabulary size in the forward."""
+
+    keeps_logits = False
 
     def __init__(self, hidden: Tensor) -> None:
         self.bytes_per_logit = gemm.operand(hidden[:0]).dtype.itemsize
@@ -261,9 +282,6 @@ class FusedTiles:
             rows.hidden, head.weight, head.bias, rows.codes, rows.temperature, head.softcap, self.arch, self.sms
         )
 
-    def finish(self, partials: Tensor, codes: Tensor) -> RowStats:
-        return _finish(partials, codes)
-
     def dlogits(self, rows: Rows, head: Head, grads: RowGrads) -> Tensor:
         dx = rows.hidden.new_empty((len(rows.hidden), len(head.weight)))
         stats = grads.stats
@@ -274,15 +292,18 @@ class FusedTiles:
         return dx
 
 
-def _finish(partials: Tensor, codes: Tensor) -> RowStats:
-    logp, entropy, row_max, logsum = (partials.new_empty(len(codes)) for _ in range(4))
-    row_kernels.finish(partials, codes, logp, entropy, row_max, logsum)
-    return RowStats(logp=logp, entropy=entropy, max=row_max, logsum=logsum)
-
-
 def device_arch(device: torch.device) -> int:
     """Compute capability as one number (90 for sm_90); 0 for a CPU."""
     if device.type != "cuda":
         return 0
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
+
+
+def make_tiles(strategy: Strategy, hidden: Tensor) -> Tiles:
+    """The tile operations of `strategy` for hidden states like `hidden`."""
+    if strategy == "torch":
+        return TorchTiles(hidden)
+    if strategy == "chunked":
+        return ChunkedTiles(hidden)
+    return FusedTiles(hidden)

@@ -2,7 +2,7 @@
 
 1. `row_stats`   one program a row: reads each logit once, folds the tile into the row's running statistics
 2. `finish`      one thread a row: merges partial statistics, brings the target in, yields log-prob and entropy
-3. `row_dlogits` one program a piece of a row: reads each logit once, writes its gradient once
+3. `row_dlogits` one program a row: reads each logit once, writes its gradient in its place
 """
 
 import triton
@@ -106,22 +106,28 @@ def row_dlogits_kernel(
     dlogp_ptr, others_ptr, dentropy_ptr, dx_ptr, stride_xn, stride_dn, col0, V, softcap, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    offs_v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
-    inside = offs_v < V
     code = tl.load(code_ptr + row)
     label = tl.where((code >= col0) & (code < col0 + V), code - col0, -1).to(tl.int32)
     scale = inverse_temperature(tl.load(temperature_ptr + row)) if temperature_ptr is not None else None
+    entropy = tl.load(entropy_ptr + row) if dentropy_ptr is not None else None
+    dentropy = tl.load(dentropy_ptr + row) if dentropy_ptr is not None else None
+    m = tl.load(max_ptr + row)
+    logsum = tl.load(logsum_ptr + row)
+    dlogp = tl.load(dlogp_ptr + row)
+    others = tl.load(others_ptr + row)
 
-    x = tl.load(x_ptr + row * stride_xn + offs_v, mask=inside, other=0.0)
-    bias = tl.load(bias_ptr + offs_v, mask=inside, other=0.0).to(tl.float32) if bias_ptr is not None else None
-    dx = logit_gradient(
-        x, bias, scale, softcap, offs_v == label, code == _IGNORED,
-        tl.load(max_ptr + row), tl.load(logsum_ptr + row),
-        tl.load(entropy_ptr + row) if dentropy_ptr is not None else None,
-        tl.load(dlogp_ptr + row), tl.load(others_ptr + row),
-        tl.load(dentropy_ptr + row) if dentropy_ptr is not None else None,
-    )  # fmt: skip
-    tl.store(dx_ptr + row * stride_dn + offs_v, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+    # dx takes the place of x, in fewer bytes a number: a block's gradients land on logits of this block or of
+    # earlier ones. The barrier lets no warp write before every warp has read the block.
+    for start in range(0, V, BLOCK_V):
+        offs_v = start + tl.arange(0, BLOCK_V)
+        inside = offs_v < V
+        x = tl.load(x_ptr + row * stride_xn + offs_v, mask=inside, other=0.0)
+        bias = tl.load(bias_ptr + offs_v, mask=inside, other=0.0).to(tl.float32) if bias_ptr is not None else None
+        dx = logit_gradient(
+            x, bias, scale, softcap, offs_v == label, code == _IGNORED, m, logsum, entropy, dlogp, others, dentropy
+        )  # fmt: skip
+        tl.debug_barrier()
+        tl.store(dx_ptr + row * stride_dn + offs_v, dx.to(dx_ptr.dtype.element_ty), mask=inside)
 
 
 def row_stats(
@@ -150,9 +156,9 @@ def row_dlogits(
     entropy: Tensor, dlogp: Tensor, others: Tensor, dentropy: Tensor | None, dx: Tensor, col0: int,
     softcap: float | None,
 ) -> None:  # fmt: skip
-    """Gradients dx [n, s] of raw logits x [n, s]; dx may be x itself."""
+    """Gradients dx [n, s] of raw products x [n, s]; dx shares x's memory, rows starting at the same bytes."""
     n, V = x.shape
-    row_dlogits_kernel[(n, triton.cdiv(V, ROW_DLOGITS.block_v))](
+    row_dlogits_kernel[(n,)](
         x, bias, codes, temperature, row_max, logsum, entropy, dlogp, others, dentropy, dx,
         x.stride(0), dx.stride(0), col0, V, softcap,
         BLOCK_V=ROW_DLOGITS.block_v, num_warps=ROW_DLOGITS.num_warps,
