@@ -75,6 +75,24 @@ def check_head_values(targets: Tensor, codes: Tensor, temperature: Tensor | None
         raise ValueError(f"temperature must be > 0, got {float(temperature[at])} at token {at}")
 
 
+def check_rows(like: Tensor, **rows: Tensor | None) -> None:
+    """Per-token inputs have the shape and device of `like`; None is absent."""
+    for name, t in rows.items():
+        if t is not None:
+            _check_plain_tensor(name, t, like)
+            if t.shape != like.shape:
+                raise ValueError(f"{name} must have the tokens' shape {_shape(like)}, got {_shape(t)}")
+
+
+def check_number(name: str, value: object, *, at_least: float | None = None, above: float | None = None) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if at_least is not None and not value >= at_least:
+        raise ValueError(f"{name} must be >= {at_least:g}, got {value}")
+    if above is not None and not value > above:
+        raise ValueError(f"{name} must be > {above:g}, got {value}")
+
+
 def _check_plain_tensor(name: str, t: object, hidden: Tensor) -> None:
     if not isinstance(t, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")

@@ -23,6 +23,11 @@ def needs_upcast(t: Tensor) -> bool:
     return t.dtype in HALF_DTYPES and not t.is_cuda
 
 
+def needs_copies(*operands: Tensor) -> bool:
+    """Whether tiles of any of these are copied before a product, for their dtype or their strides."""
+    return any(needs_upcast(t) or 1 not in t.stride() for t in operands)
+
+
 def operand(t: Tensor) -> Tensor:
     """A tile in the dtype in which it enters products."""
     return t.float() if needs_upcast(t) else t

@@ -4,7 +4,6 @@ Forward saves log-prob, entropy and the log-sum-exp of each token. Backward reco
 The work is in `sweep.py`; here it becomes a torch operator with a derivative, and a public function.
 """
 
-from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -13,11 +12,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import gemm, vocab_parallel
-from .checks import check_head_inputs, check_head_values
-from .kernels.common import INTERPRETED
-from .plan import HALF_DTYPES, Strategy, Tiling, choose_strategy, plan_tiling
+from .calls import HeadArgs, flatten, open_head, strategy_for, working_on
+from .kernels.common import IGNORED
+from .onepass import Wanted, loss_and_gradients
+from .plan import HALF_DTYPES, Tiling, keeps_logp_gradient, plan_tiling
 from .sweep import sweep_backward, sweep_forward
-from .tiles import Head, RowGrads, Rows, RowStats, Tiles, device_arch, make_tiles
+from .tiles import Head, RowGrads, Rows, RowStats, Tiles, make_tiles
 from .types import TokenLogProbs
 from .workspace import logprob_workspace
 
@@ -31,25 +31,21 @@ def _linear_logprob(
     temperature: Tensor | None,  # [N] in the logits' dtype
     softcap: float | None,
     ignore_index: int,
-    group: str,
     backend: str,
+    group: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(logp, entropy, max, logsum, codes), each [N]: results, the log-sum-exp in two parts, targets as columns."""
-    codes, total_vocab = vocab_parallel.target_codes(targets, len(weight), ignore_index, group)
-    check_head_values(targets, codes, temperature, total_vocab)
-    rows = Rows(hidden=hidden, codes=codes, temperature=temperature)
-    head = Head(weight=weight, bias=bias, softcap=softcap)
-    with _on_device_of(hidden), gemm.full_precision_sums():
-        tiles, tiling = _plan(hidden, weight, backend)
+    args = HeadArgs(hidden, weight, targets, bias, temperature, softcap, ignore_index, backend)
+    with open_head(args, group) as (tiles, rows, head):
         gather = partial(vocab_parallel.gather_partials, group_name=group) if group else None
-        stats = sweep_forward(tiles, rows, head, tiling, gather)
-    return stats.logp, stats.entropy, stats.max, stats.logsum, codes
+        stats = sweep_forward(tiles, rows, head, _tiling(tiles, hidden, weight), gather)
+    return stats.logp, stats.entropy, stats.max, stats.logsum, rows.codes
 
 
 @_linear_logprob.register_fake
 def _(
     hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, temperature: Tensor | None,
-    softcap: float | None, ignore_index: int, group: str, backend: str,
+    softcap: float | None, ignore_index: int, backend: str, group: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     row = partial(hidden.new_empty, len(hidden), dtype=gemm.stats_dtype(hidden.dtype))
     return row(), row(), row(), row(), torch.empty_like(targets)
@@ -59,21 +55,17 @@ def _(
 def _linear_logprob_backward(
     dlogp: Tensor, dentropy: Tensor | None, logp: Tensor, entropy: Tensor, row_max: Tensor, logsum: Tensor,
     codes: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: Tensor | None,
-    softcap: float | None, group: str, backend: str, need_dh: bool, need_dw: bool, need_dbias: bool,
+    softcap: float | None, backend: str, group: str, need_dh: bool, need_dw: bool, need_dbias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(dhidden, dweight, dbias), an empty tensor for each that is not needed."""
     rows = Rows(hidden=hidden, codes=codes, temperature=temperature)
     head = Head(weight=weight, bias=bias, softcap=softcap)
-    grads = RowGrads(
-        stats=RowStats(logp=logp, entropy=entropy, max=row_max, logsum=logsum),
-        dlogp=dlogp.contiguous(),
-        dentropy=None if dentropy is None else dentropy.contiguous(),
-        others=torch.expm1(logp).neg_(),
-    )
-    with _on_device_of(hidden), gemm.full_precision_sums():
-        tiles, tiling = _plan(hidden, weight, backend)
+    grads = RowGrads.of(RowStats(logp=logp, entropy=entropy, max=row_max, logsum=logsum), dlogp, dentropy)
+    with working_on(hidden):
+        tiles = make_tiles(strategy_for(hidden, backend), hidden)
         gradients = sweep_backward(
-            tiles, rows, head, grads, tiling, need_dh=need_dh, need_dw=need_dw, need_dbias=need_dbias,
+            tiles, rows, head, grads, _tiling(tiles, hidden, weight),
+            need_dh=need_dh, need_dw=need_dw, need_dbias=need_dbias,
             reduce_dh=partial(vocab_parallel.sum_over_ranks, group_name=group) if group else None,
         )  # fmt: skip
     dh, dw, dbias = (hidden.new_empty(0) if g is None else g for g in gradients)
@@ -84,7 +76,7 @@ def _linear_logprob_backward(
 def _(
     dlogp: Tensor, dentropy: Tensor | None, logp: Tensor, entropy: Tensor, row_max: Tensor, logsum: Tensor,
     codes: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: Tensor | None,
-    softcap: float | None, group: str, backend: str, need_dh: bool, need_dw: bool, need_dbias: bool,
+    softcap: float | None, backend: str, group: str, need_dh: bool, need_dw: bool, need_dbias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     dbias = hidden.new_empty(len(weight) if need_dbias else 0)
     return (
@@ -94,24 +86,22 @@ def _(
     )
 
 
-def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple) -> None:
-    hidden, weight, _, bias, temperature, softcap, _, group, backend = inputs
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    hidden, weight, _, bias, temperature, softcap, _, backend, group = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[2:])
     ctx.save_for_backward(hidden, weight, bias, temperature, *output)
-    ctx.options = softcap, group, backend  # type: ignore[attr-defined]
+    ctx.options = softcap, backend, group
 
 
-def _backward(
-    ctx: torch.autograd.function.FunctionCtx, dlogp: Tensor | None, dentropy: Tensor | None, *_: None
-) -> tuple:
-    hidden, weight, bias, temperature, *results = ctx.saved_tensors  # type: ignore[attr-defined]
-    need_dh, need_dw, _, need_dbias, *_rest = ctx.needs_input_grad  # type: ignore[attr-defined]
+def _backward(ctx: Any, dlogp: Tensor | None, dentropy: Tensor | None, *_: None) -> tuple:
+    hidden, weight, bias, temperature, *results = ctx.saved_tensors
+    need_dh, need_dw, _, need_dbias, *_rest = ctx.needs_input_grad
     if (dlogp is None and dentropy is None) or not (need_dh or need_dw or need_dbias):
         return (None,) * 9
     dh, dw, dbias = _linear_logprob_backward(
         torch.zeros_like(results[0]) if dlogp is None else dlogp, dentropy, *results,
-        hidden, weight, bias, temperature, *ctx.options, need_dh, need_dw, need_dbias,  # type: ignore[attr-defined]
+        hidden, weight, bias, temperature, *ctx.options, need_dh, need_dw, need_dbias,
     )  # fmt: skip
     return dh if need_dh else None, dw if need_dw else None, None, dbias if need_dbias else None, *(None,) * 5
 
@@ -119,29 +109,67 @@ def _backward(
 _linear_logprob.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _strategy(hidden: Tensor, backend: str) -> Strategy:
-    strategy = choose_strategy(backend, arch=device_arch(hidden.device), dtype=hidden.dtype)
-    if strategy != "torch" and not hidden.is_cuda and not INTERPRETED:
-        raise ValueError(
-            f"backend={backend!r} needs an NVIDIA GPU, hidden is on {hidden.device}; use backend='torch', or set "
-            "TRITON_INTERPRET=1 before prime_kernels is imported to run the kernels slowly on a CPU"
-        )
-    return strategy
+@torch.library.custom_op("prime_kernels::linear_logprob_frozen", mutates_args=())
+def _linear_logprob_frozen(
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, temperature: Tensor | None,
+    softcap: float | None, ignore_index: int, backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(logp [N], ∂logp/∂hidden [N, D] in the logits' dtype, codes [N]) of a head without gradients."""
+    args = HeadArgs(hidden, weight, targets, bias, temperature, softcap, ignore_index, backend)
+    dtype = gemm.stats_dtype(hidden.dtype)
+    logp = hidden.new_empty(len(hidden), dtype=dtype)
+
+    def epilogue(at: slice, stats: RowStats) -> tuple[Tensor, None]:
+        logp[at] = stats.logp
+        return torch.ones_like(stats.logp), None
+
+    with open_head(args) as (tiles, rows, head):
+        kept = loss_and_gradients(
+            tiles, rows, head, epilogue, Wanted(hidden=True, weight=False, bias=False),
+            workspace=logprob_workspace(), dh_dtype=dtype,
+        )  # fmt: skip
+    return logp, kept.hidden, rows.codes
 
 
-def _plan(hidden: Tensor, weight: Tensor, backend: str) -> tuple[Tiles, Tiling]:
-    tiles = make_tiles(_strategy(hidden, backend), hidden)
-    tiling = plan_tiling(
+@_linear_logprob_frozen.register_fake
+def _(
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, temperature: Tensor | None,
+    softcap: float | None, ignore_index: int, backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    dtype = gemm.stats_dtype(hidden.dtype)
+    kept = hidden.new_empty(hidden.shape, dtype=dtype)
+    return hidden.new_empty(len(hidden), dtype=dtype), kept, torch.empty_like(targets)
+
+
+def _setup_frozen(ctx: Any, inputs: tuple, output: tuple) -> None:
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*output[1:])
+    ctx.dtype = inputs[0].dtype
+
+
+def _backward_frozen(ctx: Any, dlogp: Tensor, *_: Any) -> tuple:
+    kept, codes = ctx.saved_tensors
+    dh = kept * dlogp.masked_fill(codes == IGNORED, 0)[:, None]
+    return dh.to(ctx.dtype), *(None,) * 7
+
+
+_linear_logprob_frozen.register_autograd(_backward_frozen, setup_context=_setup_frozen)
+
+
+def _keeps_gradient(args: HeadArgs, entropy: bool, group: str) -> bool:
+    trained = [t is not None and t.requires_grad for t in (args.hidden, args.weight, args.bias)]
+    return keeps_logp_gradient(
+        *args.hidden.shape, frozen=torch.is_grad_enabled() and trained == [True, False, False] and not group,
+        entropy=entropy, keeps_logits=strategy_for(args.hidden, args.backend) != "fused", workspace=logprob_workspace(),
+    )  # fmt: skip
+
+
+def _tiling(tiles: Tiles, hidden: Tensor, weight: Tensor) -> Tiling:
+    return plan_tiling(
         max(len(hidden), 1), hidden.shape[1], len(weight),
         workspace=logprob_workspace(), bytes_per_logit=tiles.bytes_per_logit, half=hidden.dtype in HALF_DTYPES,
-        copies=any(gemm.needs_upcast(t) or 1 not in t.stride() for t in (hidden, weight)),
+        copies=gemm.needs_copies(hidden, weight),
     )  # fmt: skip
-    return tiles, tiling
-
-
-def _on_device_of(t: Tensor) -> torch.cuda.device | nullcontext:
-    """Triton launches on the current device, which need not be the tensors'."""
-    return torch.cuda.device(t.device) if t.is_cuda else nullcontext()
 
 
 def linear_logprob(
@@ -185,42 +213,21 @@ def linear_logprob(
     Returns:
         TokenLogProbs(logp [...], entropy [...] | None) in fp32, or fp64 for fp64 inputs.
 
-    Cost: forward 2NDV FLOP, backward 6NDV (4NDV with hidden or weight frozen); saves 24 bytes a token; scratch memory
-    within `set_workspace`, whatever N and V.
+    Cost: forward 2NDV FLOP, backward 6NDV (4NDV with hidden frozen); saves 24 bytes a token; scratch memory within
+    `set_workspace`, whatever N and V. With weight and bias frozen and no entropy asked for, forward takes 4NDV and
+    backward almost nothing: ∂logp/∂hidden is kept, 4ND bytes, where that is within the workspace.
 
     Raises:
         TypeError, ValueError: an argument's type, dtype, shape, device or value is off; the message names it. Target
             ids and per-token temperatures are looked at on a CPU, and on CUDA under PRIME_KERNELS_CHECK=1; else a
             target outside the vocabulary or a temperature ≤ 0 makes that token's results NaN.
     """
-    hidden, weight, bias = _autocast(hidden), _autocast(weight), _autocast(bias)
-    check_head_inputs(hidden, weight, targets, bias, temperature, softcap)
-    _strategy(hidden, backend)  # an unsuitable backend is refused here, where the traceback starts at the caller
-
-    flat = targets.reshape(-1)
-    logp, row_entropy, *_ = _linear_logprob(
-        hidden.reshape(-1, hidden.shape[-1]), weight, flat, bias,
-        _row_temperature(temperature, flat, gemm.stats_dtype(hidden.dtype)), softcap, ignore_index,
-        vocab_parallel.group_name(vocab_group), backend,
+    args = flatten(
+        hidden, weight, targets, bias=bias, temperature=temperature, softcap=softcap, ignore_index=ignore_index,
+        backend=backend,
     )  # fmt: skip
-    shape = targets.shape
+    shape, group = targets.shape, vocab_parallel.group_name(vocab_group)
+    if _keeps_gradient(args, entropy, group):
+        return TokenLogProbs(_linear_logprob_frozen(*args)[0].view(shape), None)
+    logp, row_entropy, *_ = _linear_logprob(*args, group)
     return TokenLogProbs(logp.view(shape), row_entropy.view(shape) if entropy else None)
-
-
-def _autocast(t: Any) -> Any:
-    """t as autocast would hand it to a linear layer: in its dtype, where autocast is on; fp64 stays."""
-    if not isinstance(t, Tensor) or not t.is_floating_point() or t.dtype is torch.float64:
-        return t
-    device_type = t.device.type
-    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
-        return t
-    return t.to(torch.get_autocast_dtype(device_type))
-
-
-def _row_temperature(temperature: float | Tensor, flat_targets: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """One temperature a token, or None where all are 1."""
-    if isinstance(temperature, Tensor):
-        return temperature.to(dtype).reshape(-1).expand(len(flat_targets)).contiguous()
-    if temperature == 1.0:
-        return None
-    return torch.full(flat_targets.shape, temperature, dtype=dtype, device=flat_targets.device)

@@ -235,3 +235,51 @@ def vocab_splits(N: int, tiles: int, *, block_n: int, sms: int) -> int:
         return ceil(token_blocks * splits / sms) * (ceil(tiles / splits) + 1)
 
     return min(range(1, max(1, min(tiles // 4, sms)) + 1), key=lambda splits: (tile_times(splits), splits))
+
+
+# What a processor computes while it moves a byte: an H200 multiplies at 790 TFLOP/s and copies at 4.3 TB/s; two CPU
+# cores do about 100 GFLOP/s and 15 GB/s.
+GPU_FLOP_PER_BYTE, CPU_FLOP_PER_BYTE = 184, 7
+
+
+@dataclass(frozen=True, slots=True)
+class OnePass:
+    """How a loss and its gradients are computed together."""
+
+    rows: int  # tokens in a chunk, over the whole vocabulary
+    cols: int  # columns in one product
+    passes: int  # 1: each chunk's logits are kept until its gradient; 2: statistics first, logits again for gradients
+
+
+def plan_one_pass(
+    N: int, D: int, V: int, *, workspace: int, bytes_per_logit: int, copies: bool, need_dw: bool, flop_per_byte: int
+) -> OnePass:  # fmt: skip
+    """Chunks of tokens × the whole vocabulary within `workspace`, and whether keeping their logits pays.
+
+    Held at the worst moment are rows·V·bytes_per_logit for logits, rows·96 + N·48 for results, and with `copies`
+    (16-bit inputs on a CPU) fp32 copies (rows + cols)·D·4 and an accumulator rows·D·4. The fp32 gradient of the
+    weight, 4·V·D bytes, lives until backward and is not scratch.
+
+    Estimated cost, in bytes moved: one pass computes 6·N·D·V FLOP and adds each chunk to the gradient of the weight,
+    8·V·D bytes a chunk; two passes compute 8·N·D·V FLOP and finish the gradient slice by slice. So chunks are as
+    large as the workspace allows, and one pass pays above 4·flop_per_byte tokens a chunk (736 on an H200).
+    """
+    cols = min(V, GOOD_TILE_COLS) if copies else V
+    free = workspace - N * 48 - (4 * D * cols if copies else 0)
+    limit = free // (V * bytes_per_logit + 32 * bytes_per_logit + 96 + (8 * D if copies else 0))
+    if limit < 1:
+        return OnePass(rows=0, cols=cols, passes=2)
+    rows = _even_share(N, limit, multiple=128)
+    chunks = ceil(N / rows)
+    one = 6 * N * D * V / flop_per_byte + (8 * V * D * chunks if need_dw and chunks > 1 else 0)
+    two = 8 * N * D * V / flop_per_byte
+    return OnePass(rows=rows, cols=cols, passes=1 if one <= two else 2)
+
+
+def keeps_logp_gradient(N: int, D: int, *, frozen: bool, entropy: bool, keeps_logits: bool, workspace: int) -> bool:
+    """Whether the forward of a per-token op computes ∂logp/∂hidden and keeps it, [N, D] in fp32, for the backward.
+
+    With weight and bias frozen that is 4·N·D·V FLOP in all instead of 6: backward is a row scale. It pays where that
+    memory is no larger than the workspace; not for the entropy, which would need a second product.
+    """
+    return frozen and keeps_logits and not entropy and 0 < 4 * N * D <= workspace

@@ -65,6 +65,15 @@ class RowGrads:
     dentropy: Tensor | None
     others: Tensor  # 1 − p_target
 
+    @classmethod
+    def of(cls, stats: RowStats, dlogp: Tensor, dentropy: Tensor | None) -> "RowGrads":
+        return cls(
+            stats=stats,
+            dlogp=dlogp.contiguous(),
+            dentropy=None if dentropy is None else dentropy.contiguous(),
+            others=torch.expm1(stats.logp).neg_(),
+        )
+
     def __getitem__(self, at: slice) -> "RowGrads":
         dentropy = None if self.dentropy is None else self.dentropy[at]
         return RowGrads(stats=self.stats[at], dlogp=self.dlogp[at], dentropy=dentropy, others=self.others[at])

@@ -1,0 +1,114 @@
+"""Implicit process rewards on given log-probs, a token, a step or a sequence at a time."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import gemm
+from .calls import strategy_for, working_on
+from .checks import check_number, check_rows
+from .kernels import losses as kernels
+from .sequences import boundaries_of, flat, token_reward
+
+GRANULARITIES = ("token", "whole", "step")
+
+
+@torch.library.custom_op("prime_kernels::implicit_reward", mutates_args=())
+def _implicit_reward(
+    prm_logp: Tensor, ref_logp: Tensor, mask: Tensor | None, bounds: Sequence[int], step_ends: Tensor | None,
+    beta: float, each: bool, use_triton: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(reward [T], the token onto which each token's reward is summed [T], empty where it is itself)."""
+    T, device = len(prm_logp), prm_logp.device
+    cuts = torch.tensor(bounds, dtype=torch.int64).to(device, non_blocking=True)
+    if each:
+        with working_on(prm_logp):
+            if use_triton:
+                reward = kernels.reward(prm_logp, ref_logp, mask, cuts, None, beta, each=True)
+            else:
+                reward = token_reward(prm_logp, ref_logp, mask, beta)
+        return reward, cuts.new_empty(0)
+    index = torch.arange(T, device=device)
+    sequence = torch.arange(len(bounds) - 1, device=device).repeat_interleave(cuts.diff(), output_size=T)
+    counted = index if mask is None else torch.where(mask != 0, index, -1)
+    last = index.new_full((len(bounds) - 1,), -1).scatter_reduce(0, sequence, counted, "amax")[sequence]
+    closes = index == last
+    if step_ends is not None:
+        closes = closes | step_ends
+    # The nearest closing token at or after each; tokens after the last one count for nothing.
+    lands = torch.where(closes, index, T).flip(0).cummin(0).values.flip(0)
+    lands = torch.where(lands < cuts[1:][sequence], lands, index)
+    with working_on(prm_logp):
+        if use_triton:
+            return kernels.reward(prm_logp, ref_logp, mask, cuts, step_ends, beta, each=False), lands
+    reward = torch.zeros_like(prm_logp)
+    return reward.index_add_(0, lands, token_reward(prm_logp, ref_logp, mask, beta)), lands
+
+
+@_implicit_reward.register_fake
+def _(
+    prm_logp: Tensor, ref_logp: Tensor, mask: Tensor | None, bounds: Sequence[int], step_ends: Tensor | None,
+    beta: float, each: bool, use_triton: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    lands = prm_logp.new_empty(0 if each else len(prm_logp), dtype=torch.int64)
+    return torch.empty_like(prm_logp), lands
+
+
+def _setup_reward(ctx: Any, inputs: tuple, output: tuple) -> None:
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(output[1], inputs[2])
+    ctx.beta = inputs[5]
+
+
+def _backward_reward(ctx: Any, upstream: Tensor, *_: Any) -> tuple:
+    lands, mask = ctx.saved_tensors
+    gradient = ctx.beta * (upstream[lands] if len(lands) else upstream)
+    gradient = gradient if mask is None else torch.where(mask == 0, 0, gradient * mask)
+    return gradient, -gradient, *(None,) * 6
+
+
+_implicit_reward.register_autograd(_backward_reward, setup_context=_setup_reward)
+
+
+def implicit_reward(
+    prm_logp: Tensor, ref_logp: Tensor, *, beta: float = 0.05, mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None, granularity: str = "token", step_ends: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:  # fmt: skip
+    """Implicit process rewards β·(prm_logp − ref_logp)·mask, differentiable in both.
+
+        "token"  each token has its own
+        "whole"  a sequence's sum stands on its last token that counts, 0 elsewhere
+        "step"   each step's sum stands on the step's last token; what follows a sequence's last step is one more step
+
+    Args:
+        prm_logp, ref_logp, mask: [T] packed, or [S, L] padded; where the mask is 0 nothing else is looked at.
+        cu_seqlens: [S + 1] boundaries of packed tokens on the host; needed for "whole" and "step" unless padded.
+        step_ends: bool, of the log-probs' shape, true at the last token of each step; for "step".
+        backend: "auto", "triton" or "torch".
+
+    Returns:
+        Rewards of the log-probs' shape in fp32 (fp64 for fp64).
+
+    Raises:
+        TypeError, ValueError: an argument is off, beta is not positive, a sequence is empty.
+    """
+    check_number("beta", beta, above=0.0)
+    if granularity not in GRANULARITIES:
+        raise ValueError(f"granularity must be 'token', 'whole' or 'step', got {granularity!r}")
+    check_rows(prm_logp, ref_logp=ref_logp, mask=mask, step_ends=step_ends)
+    if (granularity == "step") != (step_ends is not None):
+        raise ValueError(f"step_ends must be given for granularity 'step' and for it alone, got {granularity!r}")
+    dtype = gemm.stats_dtype(prm_logp.dtype)
+    each = granularity == "token"
+    # Tokens on their own need no boundaries; these share them out to programs.
+    T = prm_logp.numel()
+    bounds = [*range(0, T, kernels.SEQUENCE_BLOCK), T] if each else boundaries_of(prm_logp, cu_seqlens)
+    ends = None if step_ends is None else step_ends.bool().reshape(-1).contiguous()
+    use_triton = strategy_for(prm_logp, backend) != "torch"
+    reward, _ = _implicit_reward(
+        flat(prm_logp, dtype), flat(ref_logp, dtype), flat(mask, dtype), bounds, ends, float(beta), each, use_triton
+    )
+    return reward.view(prm_logp.shape)
