@@ -9,6 +9,8 @@ def pytest_configure(config: pytest.Config) -> None:
     # Read by Triton when a kernel is defined, so before anything imports prime_kernels.
     on_gpu = config.getoption("-m") == "gpu"
     os.environ.setdefault("TRITON_INTERPRET", "0" if on_gpu else "1")
+    # torch's cache of compiled graphs does not see that the code of an op's backward has changed.
+    os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

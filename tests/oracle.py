@@ -110,3 +110,43 @@ def assert_results_exact(got: dict[str, Tensor], x: Inputs) -> None:
         for norm in (torch.linalg.vector_norm, lambda t: t.abs().max() if t.numel() else t.sum()):
             error, allowed = norm(got[name] - exact), 2 * norm(plain[name] - exact) + ulp * norm(exact)
             assert error <= allowed, f"{name}: error {error:.3g}, plain torch {norm(plain[name] - exact):.3g}"
+
+
+def run_loss(op: Callable[..., Any], x: Inputs, *args: Any, **options: Any) -> dict[str, Tensor]:
+    """Loss, and gradients of head inputs, of an op that takes (hidden, weight, targets, *args, bias=…); in fp64."""
+    leaves = {"dhidden": x.hidden, "dweight": x.weight}
+    if x.bias is not None:
+        leaves["dbias"] = x.bias
+    leaves = {name: t.detach().clone().requires_grad_() for name, t in leaves.items()}
+    out = op(leaves["dhidden"], leaves["dweight"], x.targets, *args, bias=leaves.get("dbias"), **options)
+    out.loss.backward()
+    results = {"loss": out.loss, **{name: t.grad for name, t in leaves.items() if t.grad is not None}}
+    for name in ("logp", "reward", "logits"):
+        if hasattr(out, name):
+            results[name] = getattr(out, name)
+    return {name: t.detach().double() for name, t in results.items()}
+
+
+def as_fp64(t: Any) -> Any:
+    return t.double() if isinstance(t, Tensor) and t.is_floating_point() else t
+
+
+def assert_loss_exact(
+    op: Callable[..., Any], oracle: Callable[..., Any], x: Inputs, *args: Any, backend: str, **options: Any
+) -> dict[str, Tensor]:
+    """Hold a loss op to the criterion of `assert_results_exact`; returns its results.
+
+    The loss, a sum in which terms cancel, may also err by 2e-6 of one.
+    """
+    exact_args = [tuple(map(as_fp64, a)) if isinstance(a, tuple) else as_fp64(a) for a in args]
+    want = run_loss(oracle, x.to(F64), *exact_args, **{k: as_fp64(v) for k, v in options.items()})
+    plain = run_loss(oracle, x, *args, **options)
+    got = run_loss(op, x, *args, backend=backend, **options)
+    assert got.keys() == want.keys()
+    for name, exact in want.items():
+        ulp = torch.finfo(x.hidden.dtype if name in ("dhidden", "dweight", "dbias") else F32).eps
+        for norm in (torch.linalg.vector_norm, lambda t: t.abs().max() if t.numel() else t.sum()):
+            error, allowed = norm(got[name] - exact), 2 * norm(plain[name] - exact) + ulp * norm(exact)
+            allowed = allowed + 2e-6 if name == "loss" else allowed
+            assert error <= allowed, f"{name}: error {error:.3g}, plain torch {norm(plain[name] - exact):.3g}"
+    return got

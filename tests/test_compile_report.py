@@ -31,10 +31,10 @@ def kernels(tmp_path_factory) -> list[dict]:
 def test_every_kernel_compiles_without_spills_and_with_the_architectures_instructions(kernels):
     from benchmarks.compile_report import MATRIX_INSTRUCTION, VARIANTS
 
-    names = {"finish", "row_stats", "row_dlogits", "fused_stats", "fused_dlogits"}
+    names = {"finish", "row_stats", "row_dlogits", "fused_stats", "fused_dlogits", "ppo", "prm", "reward", "scale"}
     assert {k["kernel"] for k in kernels} == names
     assert {k["arch"] for k in kernels} == {80, 90, 100}
-    assert len(kernels) == 3 * (1 + 5 * len(VARIANTS))
+    assert len(kernels) == 3 * (1 + 5 * len(VARIANTS) + 3 * 2 + 1)
     for k in kernels:
         where = f"{k['kernel']} ({k['variant']}) on sm_{k['arch']}"
         assert 0 < k["registers"] <= 255, where

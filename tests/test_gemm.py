@@ -29,16 +29,18 @@ def test_reduced_precision_sums_are_forbidden_and_the_users_choice_restored():
 
 
 @pytest.mark.parametrize(
-    ("frozen", "products"),
+    ("frozen", "entropy", "products"),
     [
         # logits in forward and backward, then one product a gradient
-        pytest.param((), 4, id="nothing-frozen"),
-        pytest.param(("hidden",), 3, id="frozen-hidden"),
-        pytest.param(("weight",), 3, id="frozen-weight"),
+        pytest.param((), False, 4, id="nothing-frozen"),
+        pytest.param(("hidden",), False, 3, id="frozen-hidden"),
+        pytest.param(("weight",), True, 3, id="frozen-weight-entropy"),
+        # logits, and their gradient at once
+        pytest.param(("weight",), False, 2, id="frozen-weight"),
     ],
 )
 @pytest.mark.parametrize(("device", "backend"), [*RUNS[:2], *RUNS[3:5]])
-def test_no_product_is_computed_for_a_frozen_operand(device, backend, frozen, products, monkeypatch):
+def test_no_product_is_computed_for_a_frozen_operand(device, backend, frozen, entropy, products, monkeypatch):
     counted = []
     for name in ("mm", "addmm"):
         original = getattr(gemm, name)
@@ -46,7 +48,7 @@ def test_no_product_is_computed_for_a_frozen_operand(device, backend, frozen, pr
     x = make_inputs(16, 32, 130, F32, device)
     hidden = x.hidden.requires_grad_("hidden" not in frozen)
     weight = x.weight.requires_grad_("weight" not in frozen)
-    linear_logprob(hidden, weight, x.targets, backend=backend).logp.sum().backward()
+    linear_logprob(hidden, weight, x.targets, entropy=entropy, backend=backend).logp.sum().backward()
     assert len(counted) == products
     assert (hidden.grad is None) == ("hidden" in frozen)
     assert (weight.grad is None) == ("weight" in frozen)

@@ -16,27 +16,13 @@ def leaves(x):
 def test_opcheck_passes(device, backend):
     x = make_inputs(6, 16, 37, BF16, device, bias=True)
     temperature = torch.linspace(0.5, 2, 6, device=device)
-    args = (*leaves(x)[:2], x.targets, leaves(x)[2], temperature, 20.0, -100, "", backend)
+    hidden, weight, bias = leaves(x)
+    args = (hidden, weight, x.targets, bias, temperature, 20.0, -100, backend, "")
     torch.library.opcheck(torch.ops.prime_kernels.linear_logprob.default, args)
-    results = torch.ops.prime_kernels.linear_logprob(*args)
-    grads = [t.detach() for t in results]
+    results = [t.detach() for t in torch.ops.prime_kernels.linear_logprob(*args)]
+    given = (x.hidden, x.weight, x.bias, temperature, 20.0, backend, "", True, False, True)
     torch.library.opcheck(
-        torch.ops.prime_kernels.linear_logprob_backward.default,
-        (
-            x.dlogp,
-            x.dentropy,
-            *grads,
-            x.hidden,
-            x.weight,
-            x.bias,
-            temperature,
-            20.0,
-            "",
-            backend,
-            True,
-            False,
-            True,
-        ),
+        torch.ops.prime_kernels.linear_logprob_backward.default, (x.dlogp, x.dentropy, *results, *given)
     )
 
 

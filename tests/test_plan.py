@@ -116,3 +116,45 @@ def test_settings_of_a_heavier_epilogue_have_no_larger_tile():
         for settings in table.values():
             sizes = [s.block_n * s.block_v for s in settings]
             assert sizes == sorted(sizes, reverse=True)
+
+
+def one_pass(N, **changes):
+    settings = {"workspace": 1280 * MIB, "bytes_per_logit": 4, "copies": False, "need_dw": True, "flop_per_byte": 184}
+    return plan.plan_one_pass(N, 4096, 131072, **{**settings, **changes})
+
+
+def test_one_pass_takes_the_largest_even_chunks_that_fit():
+    # 1.25 GiB holds the fp32 logits of 2,559 tokens.
+    found = one_pass(8192)
+    assert (found.passes, found.rows, found.cols) == (1, 2048, 131072)
+    assert one_pass(2000).rows == 2000
+
+
+def test_two_passes_where_chunks_are_too_small_to_pay_for_the_weights_gradient():
+    # 256 MiB: 511 tokens a chunk, under the 736 at which one pass breaks even.
+    assert one_pass(8192, workspace=256 * MIB).passes == 2
+    assert one_pass(8192, workspace=512 * MIB).passes == 1
+    # Without a gradient of the weight there is nothing to pay for, nor with a single chunk.
+    assert one_pass(8192, workspace=256 * MIB, need_dw=False).passes == 1
+    assert one_pass(500, workspace=256 * MIB).passes == 1
+    assert one_pass(8192, workspace=MIB // 4).passes == 2
+
+
+@given(N=st.integers(1, 100_000), mib=st.integers(16, 4096), copies=st.booleans())
+def test_chunks_of_one_pass_stay_within_the_workspace(N, mib, copies):
+    D, V = 1024, 50_000
+    found = plan.plan_one_pass(
+        N, D, V, workspace=mib * MIB, bytes_per_logit=4, copies=copies, need_dw=True, flop_per_byte=184
+    )
+    if found.passes == 1:
+        held = found.rows * V * 4 + copies * 4 * D * (2 * found.rows + found.cols)
+        assert 1 <= found.rows <= N
+        assert held <= mib * MIB
+
+
+def test_a_frozen_head_keeps_the_gradient_where_it_is_no_larger_than_the_workspace():
+    asked = {"frozen": True, "entropy": False, "keeps_logits": True, "workspace": 512 * MIB}
+    assert plan.keeps_logp_gradient(8192, 4096, **asked)
+    assert not plan.keeps_logp_gradient(65536, 4096, **asked)
+    for change in ({"frozen": False}, {"entropy": True}, {"keeps_logits": False}):
+        assert not plan.keeps_logp_gradient(8192, 4096, **{**asked, **change})

@@ -25,6 +25,13 @@ def test_scratch_memory_stays_within_the_workspace(N, D, V, dtype):
     assert 0 < scratch.backward <= 8 * MIB
 
 
+@pytest.mark.parametrize(("N", "D", "V"), SHAPES)
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_one_pass_losses_stay_within_the_workspace_beside_the_weights_gradient(N, D, V, dtype):
+    scratch = measure(N, D, V, dtype=dtype, device="cpu", backend="torch", workspace=16 * MIB, op="ppo")
+    assert scratch.bounded, scratch
+
+
 def test_kernels_work_in_the_memory_the_plan_counts():
     scratch = measure(50, 32, 5000, dtype=F32, device="cpu", backend="chunked", workspace=MIB // 2)
     assert 0 < max(scratch.forward, scratch.backward) <= MIB // 2
