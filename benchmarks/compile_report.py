@@ -26,7 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from prime_kernels import plan
-from prime_kernels.kernels import common, fused, rows
+from prime_kernels.kernels import common, fused, losses, rows
 
 ARCHITECTURES = (80, 90, 100)
 MATRIX_INSTRUCTION = {80: "mma.sync", 90: "wgmma", 100: "tcgen05.mma"}
@@ -92,7 +92,7 @@ def cases(arch: int) -> list[Case]:
         found += _row_cases(variant or "plain", types, none)
         found += _stats_cases(variant or "plain", types, none, arch)
         found += _dlogits_cases(variant or "plain", types, none, arch)
-    return found
+    return found + _loss_cases()
 
 
 def _row_cases(variant: str, types: dict[str, str], none: Constants) -> list[Case]:
@@ -106,6 +106,29 @@ def _row_cases(variant: str, types: dict[str, str], none: Constants) -> list[Cas
         _case("row_dlogits", variant, rows.row_dlogits_kernel, grads, types, none,
               {"BLOCK_V": plan.ROW_DLOGITS.block_v}, plan.ROW_DLOGITS.num_warps),
     ]  # fmt: skip
+
+
+def _loss_cases() -> list[Case]:
+    """The kernels on per-token numbers, with and without their optional arguments."""
+    coefficients = {"dual_clip": "fp32", "entropy_coef": "fp32", "ref_ptr": "*fp32", "importance_ptr": "*fp32"}
+    coefficients |= {"entropy_ptr": "*fp32", "dentropy_ptr": "*fp32"}
+    ppo = dict.fromkeys(("logp_ptr", "old_ptr", "advantage_ptr", "weight_ptr", "loss_ptr"), "*fp32")
+    ppo |= {"dlogp_ptr": "*fp32", "stats_ptr": "*fp32", "N": "i32"}
+    ppo |= dict.fromkeys(("clip_low", "clip_high", "kl_coef"), "fp32")
+    tokens = {"prm_ptr": "*fp32", "ref_ptr": "*fp32", "bounds_ptr": "*i64", "reward_ptr": "*fp32", "beta": "fp32"}
+    prm = tokens | dict.fromkeys(("logit_ptr", "loss_ptr", "dlogp_ptr"), "*fp32") | {"mean": "fp32"}
+    outcome, mask, ends = {"outcome_ptr": "*fp32"}, {"mask_ptr": "*fp32"}, {"end_ptr": "*i1"}
+    scale = {"x_ptr": "*bf16", "factor_ptr": "*fp32", "numel": "i32"}
+    found = []
+    for variant, on in (("plain", False), ("all options", True)):
+        for name, fn, arguments, optional, constants in (
+            ("ppo", losses.ppo_kernel, ppo, coefficients, {"BLOCK": losses.PPO_BLOCK}),
+            ("prm", losses.prm_kernel, prm, outcome | mask, {"BLOCK": losses.SEQUENCE_BLOCK}),
+            ("reward", losses.reward_kernel, tokens, mask | ends, {"BLOCK": losses.SEQUENCE_BLOCK, "EACH": not on}),
+        ):
+            types, none = (optional, {}) if on else ({}, dict.fromkeys(optional))
+            found.append(_case(name, variant, fn, arguments, types, none, constants, num_warps=4))
+    return [*found, Case("scale", "plain", losses.scale_kernel, scale, {"BLOCK": losses.SCALE_BLOCK}, num_warps=4)]
 
 
 def _gemm(settings: plan.GemmSettings) -> tuple[dict[str, str], Constants]:

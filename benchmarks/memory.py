@@ -1,4 +1,4 @@
-"""How much scratch memory `linear_logprob` takes: peak minus inputs, outputs and gradients.
+"""How much scratch memory the ops take: peak minus inputs, outputs and gradients.
 
     python -m benchmarks.memory [--device cuda] [--json FILE]
 
@@ -12,20 +12,26 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler announces every start and stop
 
 import torch
 
-from prime_kernels import linear_logprob, set_workspace
-from prime_kernels.workspace import DEFAULT_LOGPROB_WORKSPACE, MIB
+from prime_kernels import linear_logprob, linear_ppo_loss, set_workspace
+from prime_kernels.workspace import DEFAULT_LOGPROB_WORKSPACE, DEFAULT_ONE_PASS_WORKSPACE, MIB
 
 
 @dataclass(frozen=True, slots=True)
 class Scratch:
-    """Bytes that a forward and its backward held beyond inputs, outputs and gradients."""
+    """Bytes that a forward and its backward held beyond inputs, outputs and gradients.
 
+    The bound of a one-pass loss adds the fp32 sum of a 16-bit weight's gradient, 4·V·D bytes.
+    """
+
+    op: str
     backend: str
     dtype: str
     N: int
@@ -63,39 +69,51 @@ def scratch_bytes(fn: Callable[[], object], device: str) -> int:
 
 
 def measure(
-    N: int, D: int, V: int, *, dtype: torch.dtype, device: str, backend: str, workspace: int | None = None
-) -> Scratch:
-    """Scratch of one forward with entropy and one backward with all gradients."""
+    N: int, D: int, V: int, *, dtype: torch.dtype, device: str, backend: str, workspace: int | None = None,
+    op: str = "logprob",
+) -> Scratch:  # fmt: skip
+    """Scratch of one forward, with entropy, and one backward with all gradients; `op` is "logprob" or "ppo"."""
     set_workspace(workspace)
     try:
         hidden = torch.randn(N, D, dtype=dtype, device=device).requires_grad_()
         weight = torch.randn(V, D, dtype=dtype, device=device).requires_grad_()
         bias = torch.randn(V, dtype=dtype, device=device).requires_grad_()
         targets = torch.randint(V, (N,), device=device)
-        upstream = torch.randn(N, device=device)
+        rows = [torch.randn(N, device=device) for _ in range(3)]
+        options: dict[str, Any] = {"bias": bias, "temperature": 0.7, "backend": backend}
 
         def forward() -> Sequence[torch.Tensor | None]:
-            return linear_logprob(hidden, weight, targets, bias=bias, entropy=True, temperature=0.7, backend=backend)
+            if op == "ppo":
+                out = linear_ppo_loss(hidden, weight, targets, *rows, entropy_coef=0.01, **options)
+                return (out.loss,)
+            return linear_logprob(hidden, weight, targets, entropy=True, **options)
 
         forward_scratch = scratch_bytes(forward, device)
-        logp, entropy = forward()
-        assert logp is not None
-        assert entropy is not None
+        results = [t for t in forward() if t is not None]
+        upstream = [torch.ones_like(t) for t in results]
 
         def backward() -> Sequence[torch.Tensor]:
-            return torch.autograd.grad((logp, entropy), (hidden, weight, bias), (upstream, upstream))
+            return torch.autograd.grad(results, (hidden, weight, bias), upstream)
 
         backward_scratch = scratch_bytes(backward, device)
     finally:
         set_workspace(None)
-    bound = DEFAULT_LOGPROB_WORKSPACE if workspace is None else workspace
-    return Scratch(backend, str(dtype)[6:], N, D, V, bound, forward_scratch, backward_scratch)
+    bound = workspace
+    if bound is None:
+        bound = DEFAULT_ONE_PASS_WORKSPACE if op == "ppo" else DEFAULT_LOGPROB_WORKSPACE
+    if op == "ppo" and dtype != torch.float32:
+        bound += 4 * V * D
+    return Scratch(op, backend, str(dtype)[6:], N, D, V, bound, forward_scratch, backward_scratch)
 
 
 # N and V grow in turn; the last ones hold 4 GiB of logits (CPU) and 40 GB (CUDA).
 CPU_SHAPES = [(512, 64, 8192), (16384, 64, 8192), (512, 64, 262144), (65536, 32, 16384)]
 CUDA_SHAPES = [
-    (8192, 4096, 32768), (8192, 4096, 131072), (8192, 4096, 262144), (32768, 4096, 131072), (65536, 3584, 152064),
+    (8192, 4096, 32768),
+    (8192, 4096, 131072),
+    (8192, 4096, 262144),
+    (32768, 4096, 131072),
+    (65536, 3584, 152064),
 ]  # fmt: skip
 
 
@@ -106,16 +124,20 @@ def main() -> None:
     args = parser.parse_args()
     on_gpu = args.device == "cuda"
     results = []
-    print(f"{'backend':8} {'dtype':9} {'N':>6} {'D':>5} {'V':>7}  {'logits':>9} {'forward':>9} {'backward':>9}   bound")
+    sizes_head = f"{'logits':>9} {'forward':>9} {'backward':>9}"
+    print(f"{'op':8} {'backend':8} {'dtype':9} {'N':>6} {'D':>5} {'V':>7}  {sizes_head}   bound")
     for N, D, V in CUDA_SHAPES if on_gpu else CPU_SHAPES:
-        for backend in ("chunked", "fused", "torch") if on_gpu else ("torch",):
-            for dtype in (torch.bfloat16,) if on_gpu else (torch.float32, torch.bfloat16):
-                r = measure(N, D, V, dtype=dtype, device=args.device, backend=backend)
-                results.append(r)
-                sizes = (4 * N * V, r.forward, r.backward, r.workspace)
-                logits, forward, backward, bound = (f"{size / MIB:.0f} MiB" for size in sizes)
-                verdict = f"{'≤' if r.bounded else '> (!)'} {bound}"
-                print(f"{backend:8} {r.dtype:9} {N:6} {D:5} {V:7}  {logits:>9} {forward:>9} {backward:>9} {verdict}")
+        for op, backend, dtype in product(
+            ("logprob", "ppo"),
+            ("chunked", "fused", "torch") if on_gpu else ("torch",),
+            (torch.bfloat16,) if on_gpu else (torch.float32, torch.bfloat16),
+        ):
+            r = measure(N, D, V, dtype=dtype, device=args.device, backend=backend, op=op)
+            results.append(r)
+            sizes = (4 * N * V, r.forward, r.backward, r.workspace)
+            logits, forward, backward, bound = (f"{size / MIB:.0f} MiB" for size in sizes)
+            verdict = f"{'≤' if r.bounded else '> (!)'} {bound}"
+            print(f"{op:8} {backend:8} {r.dtype:9} {N:6} {D:5} {V:7}  {logits:>9} {forward:>9} {backward:>9} {verdict}")
     if args.json:
         args.json.write_text(json.dumps([asdict(r) for r in results], indent=1) + "\n")
     if not all(r.bounded for r in results):

@@ -1,10 +1,13 @@
-"""`linear_logprob` against bare GEMMs of its shape, timed in the same run.
+"""The ops against plain torch and against the bare GEMMs that their FLOPs amount to, timed in the same run.
 
-    python -m benchmarks.speed [--device cuda] [--shape N D V] [--json FILE]
+    python -m benchmarks.speed [--device cuda] [--shape N D V] [--op ppo] [--json FILE]
 
-The unit is one GEMM [N, D]×[D, V] with its own result dtype: forward needs one, forward with backward four (8NDV FLOP).
-Each figure is the median of repeats, each repeat after one warm-up, and the ratio is to the GEMM timed around it.
-Results are checked against fp64 before their time counts.
+The unit is one GEMM [N, D]×[D, V] (2NDV FLOP) with a result of its own dtype. Each figure is the median of repeats
+after a warm-up. Log-probs are checked against fp64 on some tokens before a time counts. Beside the time stands the
+peak of scratch memory: what is held beyond inputs, outputs and gradients.
+
+Providers: our strategies; `eager`, full logits in fp32 and autograd; `compiled`, the same under torch.compile; and for
+PPO `two-pass`, `linear_logprob` and then `ppo_clip_loss`. One that fails is reported with its reason.
 """
 
 import argparse
@@ -17,10 +20,14 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from prime_kernels import linear_logprob, reference
+from benchmarks.memory import scratch_bytes
+from prime_kernels import linear_logprob, linear_ppo_loss, linear_prm_loss, linear_token_loss, ppo_clip_loss, reference
+from prime_kernels.workspace import MIB
 
 CPU_SHAPES = [(1024, 256, 8192)]
+# A public row's shape, then the heads of Qwen2.5 7B, 1.5B and 0.5B.
 CUDA_SHAPES = [(8192, 4096, 131072), (8192, 3584, 152064), (8192, 1536, 151936), (8192, 896, 151936)]
 
 
@@ -28,15 +35,94 @@ CUDA_SHAPES = [(8192, 4096, 131072), (8192, 3584, 152064), (8192, 1536, 151936),
 class Timing:
     """Milliseconds, median of repeats, and the ratio to the GEMMs that the FLOPs amount to."""
 
-    what: str
+    op: str
+    provider: str
     N: int
     D: int
     V: int
     dtype: str
     ms: float
     spread: float  # (max − min)/median
-    gemms: int
-    ratio: float
+    gemms: int  # the dense floor of the op, in GEMMs of 2NDV FLOP
+    ratio: float  # ms over that many bare GEMMs
+    scratch: int  # bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """One head and one batch of tokens in sequences of 512 or fewer."""
+
+    hidden: Tensor
+    weight: Tensor
+    targets: Tensor
+    old_logp: Tensor
+    advantages: Tensor
+    token_weight: Tensor
+    bounds: Tensor
+    outcomes: Tensor
+
+    @classmethod
+    def make(cls, N: int, D: int, V: int, dtype: torch.dtype, device: str) -> "Inputs":
+        torch.manual_seed(0)
+        length = min(N, 512)
+        bounds = torch.tensor([*range(0, N, length), N])
+        return cls(
+            hidden=(torch.randn(N, D, device=device) / D**0.5).to(dtype).requires_grad_(),
+            weight=torch.randn(V, D, device=device).to(dtype).requires_grad_(),
+            targets=torch.randint(V, (N,), device=device), old_logp=-torch.rand(N, device=device) * 10,
+            advantages=torch.randn(N, device=device), token_weight=torch.full((N,), 1 / N, device=device),
+            bounds=bounds, outcomes=torch.rand(len(bounds) - 1, device=device).round(),
+        )  # fmt: skip
+
+    @property
+    def ppo_rows(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.old_logp, self.advantages, self.token_weight
+
+
+def full_logits(x: Inputs) -> Tensor:
+    """Log-probs as most trainers compute them: logits in the model's dtype, softmax in fp32."""
+    logits = torch.nn.functional.linear(x.hidden, x.weight).float()
+    return torch.log_softmax(logits, -1).gather(-1, x.targets[:, None]).squeeze(-1)
+
+
+# op -> (GEMMs at the floor, our loss by backend, the loss from log-probs [N], the two-pass composition or None)
+LossOf = Callable[[Inputs, str], Tensor]
+OPS: dict[str, tuple[int, LossOf, Callable[[Inputs, Tensor], Tensor], LossOf | None]] = {
+    "logprob": (
+        4,
+        lambda x, backend: linear_logprob(x.hidden, x.weight, x.targets, entropy=True, backend=backend).logp.sum(),
+        lambda x, logp: logp.sum(),
+        None,
+    ),
+    "frozen": (
+        2,
+        lambda x, backend: linear_logprob(x.hidden, x.weight.detach(), x.targets, backend=backend).logp.sum(),
+        lambda x, logp: logp.sum(),
+        None,
+    ),
+    "token": (
+        3,
+        lambda x, backend: linear_token_loss(x.hidden, x.weight, x.targets, lambda p, _: -p, backend=backend).loss,
+        lambda x, logp: -logp.sum(),
+        None,
+    ),
+    "ppo": (
+        3,
+        lambda x, backend: linear_ppo_loss(x.hidden, x.weight, x.targets, *x.ppo_rows, backend=backend).loss,
+        lambda x, logp: reference.ppo_clip_loss(logp, *x.ppo_rows).loss,
+        lambda x, backend: (
+            ppo_clip_loss(linear_logprob(x.hidden, x.weight, x.targets, backend=backend).logp, *x.ppo_rows).loss
+        ),
+    ),
+    "prm": (
+        3,
+        lambda x, backend: (
+            linear_prm_loss(x.hidden, x.weight, x.targets, x.old_logp, x.bounds, x.outcomes, backend=backend).loss
+        ),
+        lambda x, logp: reference.prm_loss(logp, x.old_logp, x.bounds, x.outcomes).loss,
+        None,
+    ),
+}
 
 
 def milliseconds(fn: Callable[[], object], device: str, repeats: int) -> tuple[float, float]:
@@ -59,41 +145,71 @@ def milliseconds(fn: Callable[[], object], device: str, repeats: int) -> tuple[f
     return median, (max(times) - min(times)) / median
 
 
-def time_shape(N: int, D: int, V: int, *, dtype: torch.dtype, device: str, repeats: int) -> list[Timing]:
-    """Bare GEMM, then each backend's forward with entropy, and forward with backward."""
-    hidden = (torch.randn(N, D, device=device) / D**0.5).to(dtype).requires_grad_()
-    weight = torch.randn(V, D, device=device).to(dtype).requires_grad_()
-    targets = torch.randint(V, (N,), device=device)
-    upstream = torch.randn(N, device=device)
-    found = []
+def providers(op: str, x: Inputs, device: str) -> dict[str, Callable[[], object]]:
+    """What computes the op with its gradients, by name; and the forward of log-probs alone."""
+    _, ours, from_logp, two_pass = OPS[op]
+    wanted = (x.hidden,) if op == "frozen" else (x.hidden, x.weight)
 
-    def record(what: str, fn: Callable[[], object], gemms: int, gemm_ms: float) -> float:
-        ms, spread = milliseconds(fn, device, repeats)
-        found.append(Timing(what, N, D, V, str(dtype)[6:], ms, spread, gemms, ms / (gemms * (gemm_ms or ms))))
+    def backward(loss: Callable[[], Tensor]) -> object:
+        return torch.autograd.grad(loss(), wanted)
+
+    backends = ("chunked", "fused", "torch") if device == "cuda" else ("torch",)
+    found: dict[str, Callable[[], object]] = {b: partial(backward, partial(ours, x, b)) for b in backends}
+    if two_pass is not None:
+        found["two-pass"] = partial(backward, partial(two_pass, x, backends[0]))
+    found["eager"] = partial(backward, lambda: from_logp(x, full_logits(x)))
+    compiled = torch.compile(lambda: from_logp(x, full_logits(x)))
+    if op in ("logprob", "frozen", "token"):  # the references of the others read values on the host
+        found["compiled"] = partial(backward, compiled)
+    return found
+
+
+def check(x: Inputs, backend: str) -> None:
+    """Log-probs of some tokens against fp64."""
+    few = slice(0, min(len(x.hidden), 64))
+    with torch.no_grad():
+        got = linear_logprob(x.hidden, x.weight, x.targets, backend=backend).logp[few]
+        want = reference.linear_logprob(x.hidden[few].double(), x.weight.double(), x.targets[few]).logp
+    error = (got.double() - want).abs().max().item()
+    if not error < 1e-3:
+        raise RuntimeError(f"{backend}: log-probs are off by {error}")
+
+
+def time_shape(
+    N: int, D: int, V: int, *, dtype: torch.dtype, device: str, repeats: int, ops: list[str]
+) -> list[Timing]:
+    """Bare GEMM, forward log-probs, then every provider of every op with its gradients."""
+    x = Inputs.make(N, D, V, dtype, device)
+    found: list[Timing] = []
+
+    def record(op: str, provider: str, fn: Callable[[], object], gemms: int, gemm_ms: float | None) -> float:
+        try:
+            ms, spread = milliseconds(fn, device, repeats)
+            scratch = scratch_bytes(fn, device)
+        except (RuntimeError, torch.OutOfMemoryError) as error:
+            print(f"  {op:8} {provider:9} failed: {str(error).splitlines()[0][:90]}")
+            return float("nan")
+        ratio = ms / (gemms * (gemm_ms or ms))
+        found.append(Timing(op, provider, N, D, V, str(dtype)[6:], ms, spread, gemms, ratio, scratch))
+        print(
+            f"  {op:8} {provider:9} {ms:9.2f} ms ±{spread:4.0%}  {ratio:6.3f}× {gemms} GEMM"
+            f"  scratch {scratch / MIB:8.0f} MiB",
+            flush=True,
+        )
         return ms
 
+    print(f"N={N} D={D} V={V} {str(dtype)[6:]}")
     with torch.no_grad():
-        product = torch.empty(N, V, dtype=dtype, device=device)
-        gemm_ms = record("bare GEMM", partial(torch.mm, hidden, weight.t(), out=product), 1, 0.0)
-        del product
-    for backend in ("chunked", "fused", "torch") if device == "cuda" else ("torch",):
-
-        def forward(backend: str = backend) -> torch.Tensor:
-            with torch.no_grad():
-                return linear_logprob(hidden, weight, targets, entropy=True, backend=backend).logp
-
-        def both(backend: str = backend) -> tuple[torch.Tensor, ...]:
-            out = linear_logprob(hidden, weight, targets, entropy=True, backend=backend)
-            return torch.autograd.grad(out.logp, (hidden, weight), upstream)
-
-        few = slice(0, min(N, 64))
-        exact = reference.linear_logprob(hidden[few].detach().double(), weight.detach().double(), targets[few]).logp
-        error = (forward()[few].double() - exact).abs().max().item()
-        if not error < 1e-3:
-            raise RuntimeError(f"{backend}: log-probs are off by {error}")
-        del exact
-        record(f"{backend} forward", forward, 1, gemm_ms)
-        record(f"{backend} forward+backward", both, 4, gemm_ms)
+        out = torch.empty(N, V, dtype=dtype, device=device)
+        gemm_ms = record("gemm", "torch", partial(torch.mm, x.hidden, x.weight.t(), out=out), 1, None)
+        del out
+        for backend in ("chunked", "fused", "torch") if device == "cuda" else ("torch",):
+            check(x, backend)
+            forward = partial(linear_logprob, x.hidden, x.weight, x.targets, entropy=True, backend=backend)
+            record("forward", backend, forward, 1, gemm_ms)
+    for op in ops:
+        for provider, fn in providers(op, x, device).items():
+            record(op, provider, fn, OPS[op][0], gemm_ms)
     return found
 
 
@@ -101,6 +217,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     parser.add_argument("--shape", type=int, nargs=3, action="append", metavar=("N", "D", "V"))
+    parser.add_argument("--op", action="append", choices=list(OPS), help="only this op (repeatable)")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     args = parser.parse_args()
@@ -110,12 +227,9 @@ def main() -> None:
     print(f"{name}, torch {torch.__version__}")
     results = []
     for N, D, V in args.shape or (CUDA_SHAPES if on_gpu else CPU_SHAPES):
-        for t in time_shape(N, D, V, dtype=dtype, device=args.device, repeats=args.repeats):
-            results.append(t)
-            print(
-                f"N={t.N} D={t.D} V={t.V} {t.dtype:9} {t.what:26} {t.ms:9.2f} ms ±{t.spread:4.0%}"
-                f"  {t.ratio:.3f}× {t.gemms} GEMM"
-            )
+        results += time_shape(
+            N, D, V, dtype=dtype, device=args.device, repeats=args.repeats, ops=args.op or list(OPS)
+        )  # fmt: skip
     if args.json:
         versions = {"device": name, "torch": torch.__version__}
         args.json.write_text(json.dumps({**versions, "timings": [asdict(t) for t in results]}, indent=1) + "\n")
