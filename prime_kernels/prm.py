@@ -3,7 +3,6 @@
 r_t = β·(log π_prm(y_t) − log π_ref(y_t)), and the sequence's logit is Σ_t r_t (arXiv 2412.01981, 2502.01456).
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from .checks import check_number, check_rows
 from .kernels import losses as kernels
 from .kernels.common import IGNORED
 from .onepass import Wanted, loss_and_gradients, register_stored_gradients
-from .sequences import boundaries_of, check_boundaries, flat, lengths, token_reward
+from .sequences import boundaries, checked_cu_seqlens, cu_seqlens_of, flat, lengths, token_reward
 from .tiles import RowStats
 from .types import PRMLoss
 from .workspace import one_pass_workspace
@@ -67,20 +66,21 @@ def _dpo(logits: Tensor, outcomes: Tensor, group_ids: Tensor) -> tuple[Tensor, T
 
 @torch.library.custom_op("prime_kernels::prm_loss", mutates_args=())
 def _prm_loss(
-    prm_logp: Tensor, ref_logp: Tensor, mask: Tensor | None, bounds: Sequence[int], outcomes: Tensor,
+    prm_logp: Tensor, ref_logp: Tensor, mask: Tensor | None, cu_seqlens: Tensor, outcomes: Tensor,
     group_ids: Tensor | None, beta: float, use_triton: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(loss, reward [T], logits [S], dlogp [T]) of packed tokens."""
     with working_on(prm_logp):
         reward, logits, loss, dlogp = _sequence_terms(
-            prm_logp, ref_logp, mask, list(bounds), outcomes, group_ids, beta, len(outcomes), use_triton
-        )
+            prm_logp, ref_logp, mask, boundaries(cu_seqlens, len(prm_logp)), outcomes, group_ids, beta, len(outcomes),
+            use_triton,
+        )  # fmt: skip
     return loss.mean(), reward, logits, dlogp
 
 
 @_prm_loss.register_fake
 def _(
-    prm_logp: Tensor, ref_logp: Tensor, mask: Tensor | None, bounds: Sequence[int], outcomes: Tensor,
+    prm_logp: Tensor, ref_logp: Tensor, mask: Tensor | None, cu_seqlens: Tensor, outcomes: Tensor,
     group_ids: Tensor | None, beta: float, use_triton: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     return prm_logp.new_empty(()), torch.empty_like(prm_logp), torch.empty_like(outcomes), torch.empty_like(prm_logp)
@@ -102,16 +102,16 @@ _prm_loss.register_autograd(_backward_given, setup_context=_setup_given)
 def _linear_prm_loss(
     hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, temperature: Tensor | None,
     softcap: float | None, ignore_index: int, backend: str,
-    ref_logp: Tensor, mask: Tensor | None, bounds: Sequence[int], outcomes: Tensor, group_ids: Tensor | None,
+    ref_logp: Tensor, mask: Tensor | None, cu_seqlens: Tensor, outcomes: Tensor, group_ids: Tensor | None,
     beta: float, need_dh: bool, need_dw: bool, need_dbias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(loss, reward [T], logits [S], dhidden, dweight, dbias), empty gradients where not needed."""
     args = HeadArgs(hidden, weight, targets, bias, temperature, softcap, ignore_index, backend)
-    S, boundaries = len(outcomes), list(bounds)
+    S, bounds = len(outcomes), boundaries(cu_seqlens, len(hidden))
     reward = hidden.new_zeros(len(hidden), dtype=ref_logp.dtype)
     logits, loss = torch.zeros_like(outcomes), torch.zeros_like(outcomes)
     use_triton = strategy_for(hidden, backend) != "torch"
-    index_of = {start: i for i, start in enumerate(boundaries)}
+    index_of = {start: i for i, start in enumerate(bounds)}
     with open_head(args) as (tiles, rows, head):
         kept = (rows.codes != IGNORED).to(ref_logp.dtype)
         kept = kept if mask is None else torch.where(rows.codes == IGNORED, 0, mask)
@@ -120,7 +120,7 @@ def _linear_prm_loss(
             first, last = index_of[at.start], index_of[at.stop]
             here = slice(first, last)
             groups = None if group_ids is None else group_ids[here]
-            inside = [b - at.start for b in boundaries[first : last + 1]]
+            inside = [b - at.start for b in bounds[first : last + 1]]
             reward[at], logits[here], loss[here], dlogp = _sequence_terms(
                 stats.logp, ref_logp[at], kept[at], inside, outcomes[here], groups, beta, S, use_triton
             )
@@ -128,7 +128,7 @@ def _linear_prm_loss(
 
         wanted = Wanted(hidden=need_dh, weight=need_dw, bias=need_dbias)
         found = loss_and_gradients(
-            tiles, rows, head, epilogue, wanted, workspace=one_pass_workspace(), sequences=boundaries,
+            tiles, rows, head, epilogue, wanted, workspace=one_pass_workspace(), sequences=bounds,
             together=group_ids is not None,
         )  # fmt: skip
     return loss.mean(), reward, logits, found.hidden, found.weight, found.bias
@@ -138,7 +138,7 @@ def _linear_prm_loss(
 def _(
     hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, temperature: Tensor | None,
     softcap: float | None, ignore_index: int, backend: str,
-    ref_logp: Tensor, mask: Tensor | None, bounds: Sequence[int], outcomes: Tensor, group_ids: Tensor | None,
+    ref_logp: Tensor, mask: Tensor | None, cu_seqlens: Tensor, outcomes: Tensor, group_ids: Tensor | None,
     beta: float, need_dh: bool, need_dw: bool, need_dbias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     return (
@@ -152,13 +152,13 @@ register_stored_gradients(_linear_prm_loss, results=3)
 
 
 def _checked_sequences(
-    bounds: list[int], outcomes: Tensor, beta: float, kind: str, group_ids: Tensor | None, dtype: torch.dtype,
+    cu_seqlens: Tensor, outcomes: Tensor, beta: float, kind: str, group_ids: Tensor | None, dtype: torch.dtype,
     device: torch.device,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     check_number("beta", beta, above=0.0)
     if kind not in KINDS:
         raise ValueError(f"kind must be 'ce' or 'dpo', got {kind!r}")
-    S = len(bounds) - 1
+    S = len(cu_seqlens) - 1
     if not isinstance(outcomes, Tensor) or outcomes.shape != (S,):
         found = list(outcomes.shape) if isinstance(outcomes, Tensor) else type(outcomes).__name__
         raise ValueError(f"outcomes must have shape [{S}], one a sequence, got {found}")
@@ -197,13 +197,13 @@ def prm_loss(
     Raises:
         TypeError, ValueError: an argument is off, beta is not positive, a sequence is empty.
     """
-    bounds = boundaries_of(prm_logp, cu_seqlens)
+    cu_seqlens = cu_seqlens_of(prm_logp, cu_seqlens)
     check_rows(prm_logp, ref_logp=ref_logp, mask=mask)
     dtype = gemm.stats_dtype(prm_logp.dtype)
-    outcomes, groups = _checked_sequences(bounds, outcomes, beta, kind, group_ids, dtype, prm_logp.device)
+    outcomes, groups = _checked_sequences(cu_seqlens, outcomes, beta, kind, group_ids, dtype, prm_logp.device)
     use_triton = strategy_for(prm_logp, backend) != "torch"
     loss, reward, logits, _ = _prm_loss(
-        flat(prm_logp, dtype), flat(ref_logp.detach(), dtype), flat(mask, dtype), bounds, outcomes, groups,
+        flat(prm_logp, dtype), flat(ref_logp.detach(), dtype), flat(mask, dtype), cu_seqlens, outcomes, groups,
         float(beta), use_triton,
     )  # fmt: skip
     return PRMLoss(loss, reward.view(prm_logp.shape), logits)
@@ -236,14 +236,14 @@ def linear_prm_loss(
     )  # fmt: skip
     if targets.dim() != 1:
         raise ValueError(f"targets must have shape [T], packed, got {list(targets.shape)}")
-    bounds = check_boundaries(cu_seqlens, len(targets))
+    checked_cu_seqlens(cu_seqlens)
     check_rows(targets, ref_logp=ref_logp, mask=mask)
     dtype = gemm.stats_dtype(args.hidden.dtype)
-    outcomes, groups = _checked_sequences(bounds, outcomes, beta, kind, group_ids, dtype, hidden.device)
+    outcomes, groups = _checked_sequences(cu_seqlens, outcomes, beta, kind, group_ids, dtype, hidden.device)
     needs = [
         torch.is_grad_enabled() and t is not None and t.requires_grad for t in (args.hidden, args.weight, args.bias)
     ]
     loss, reward, logits, *_ = _linear_prm_loss(
-        *args, flat(ref_logp.detach(), dtype), flat(mask, dtype), bounds, outcomes, groups, float(beta), *needs
+        *args, flat(ref_logp.detach(), dtype), flat(mask, dtype), cu_seqlens, outcomes, groups, float(beta), *needs
     )
     return PRMLoss(loss, reward, logits)

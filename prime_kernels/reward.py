@@ -1,6 +1,5 @@
 """Implicit process rewards on given log-probs, a token, a step or a sequence at a time."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,18 +9,21 @@ from . import gemm
 from .calls import strategy_for, working_on
 from .checks import check_number, check_rows
 from .kernels import losses as kernels
-from .sequences import boundaries_of, flat, token_reward
+from .sequences import boundaries, cu_seqlens_of, flat, token_reward
 
 GRANULARITIES = ("token", "whole", "step")
 
 
 @torch.library.custom_op("prime_kernels::implicit_reward", mutates_args=())
 def _implicit_reward(
-    prm_logp: Tensor, ref_logp: Tensor, mask: Tensor | None, bounds: Sequence[int], step_ends: Tensor | None,
-    beta: float, each: bool, use_triton: bool,
+    prm_logp: Tensor, ref_logp: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, step_ends: Tensor | None,
+    beta: float, use_triton: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(reward [T], the token onto which each token's reward is summed [T], empty where it is itself)."""
+    """(reward [T], the token onto which each token's reward is summed [T]; without cu_seqlens itself, and empty)."""
     T, device = len(prm_logp), prm_logp.device
+    # Tokens on their own have no boundaries; these share them out to programs.
+    each = cu_seqlens is None
+    bounds = [*range(0, T, kernels.SEQUENCE_BLOCK), T] if cu_seqlens is None else boundaries(cu_seqlens, T)
     cuts = torch.tensor(bounds, dtype=torch.int64).to(device, non_blocking=True)
     if each:
         with working_on(prm_logp):
@@ -49,10 +51,10 @@ def _implicit_reward(
 
 @_implicit_reward.register_fake
 def _(
-    prm_logp: Tensor, ref_logp: Tensor, mask: Tensor | None, bounds: Sequence[int], step_ends: Tensor | None,
-    beta: float, each: bool, use_triton: bool,
+    prm_logp: Tensor, ref_logp: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, step_ends: Tensor | None,
+    beta: float, use_triton: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    lands = prm_logp.new_empty(0 if each else len(prm_logp), dtype=torch.int64)
+    lands = prm_logp.new_empty(0 if cu_seqlens is None else len(prm_logp), dtype=torch.int64)
     return torch.empty_like(prm_logp), lands
 
 
@@ -66,7 +68,7 @@ def _backward_reward(ctx: Any, upstream: Tensor, *_: Any) -> tuple:
     lands, mask = ctx.saved_tensors
     gradient = ctx.beta * (upstream[lands] if len(lands) else upstream)
     gradient = gradient if mask is None else torch.where(mask == 0, 0, gradient * mask)
-    return gradient, -gradient, *(None,) * 6
+    return gradient, -gradient, *(None,) * 5
 
 
 _implicit_reward.register_autograd(_backward_reward, setup_context=_setup_reward)
@@ -102,13 +104,10 @@ def implicit_reward(
     if (granularity == "step") != (step_ends is not None):
         raise ValueError(f"step_ends must be given for granularity 'step' and for it alone, got {granularity!r}")
     dtype = gemm.stats_dtype(prm_logp.dtype)
-    each = granularity == "token"
-    # Tokens on their own need no boundaries; these share them out to programs.
-    T = prm_logp.numel()
-    bounds = [*range(0, T, kernels.SEQUENCE_BLOCK), T] if each else boundaries_of(prm_logp, cu_seqlens)
+    cuts = None if granularity == "token" else cu_seqlens_of(prm_logp, cu_seqlens)
     ends = None if step_ends is None else step_ends.bool().reshape(-1).contiguous()
     use_triton = strategy_for(prm_logp, backend) != "torch"
     reward, _ = _implicit_reward(
-        flat(prm_logp, dtype), flat(ref_logp, dtype), flat(mask, dtype), bounds, ends, float(beta), each, use_triton
+        flat(prm_logp, dtype), flat(ref_logp, dtype), flat(mask, dtype), cuts, ends, float(beta), use_triton
     )
     return reward.view(prm_logp.shape)

@@ -7,14 +7,19 @@ import torch
 from torch import Tensor
 
 
-def check_boundaries(cu_seqlens: Tensor, T: int) -> list[int]:
-    """cu_seqlens as numbers, refused where it does not cut T tokens into sequences of at least one."""
+def checked_cu_seqlens(cu_seqlens: Tensor) -> Tensor:
+    """cu_seqlens, refused where its form is off; its numbers are looked at by `boundaries`, inside an operator."""
     if not isinstance(cu_seqlens, Tensor):
         raise TypeError(f"cu_seqlens must be a tensor, got {type(cu_seqlens).__name__}")
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}")
     if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2:
         raise ValueError(f"cu_seqlens must have shape [S + 1] with S >= 1, got {list(cu_seqlens.shape)}")
+    return cu_seqlens
+
+
+def boundaries(cu_seqlens: Tensor, T: int) -> list[int]:
+    """cu_seqlens as numbers, refused where they do not cut T tokens into sequences of at least one."""
     bounds: list[int] = cu_seqlens.tolist()
     if bounds[0] != 0 or bounds[-1] != T:
         raise ValueError(f"cu_seqlens must run from 0 to the number of tokens {T}, got {bounds[0]} to {bounds[-1]}")
@@ -24,20 +29,19 @@ def check_boundaries(cu_seqlens: Tensor, T: int) -> list[int]:
     return bounds
 
 
-def flat(t: Tensor | None, dtype: torch.dtype) -> Any:
-    return None if t is None else t.to(dtype).reshape(-1).contiguous()
-
-
-def boundaries_of(logp: Tensor, cu_seqlens: Tensor | None) -> list[int]:
+def cu_seqlens_of(logp: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """Of packed tokens [T] those given; of padded ones [S, L] every row."""
     if cu_seqlens is not None:
         if logp.dim() != 1:
             raise ValueError(f"prm_logp must have shape [T] with cu_seqlens, got {list(logp.shape)}")
-        return check_boundaries(cu_seqlens, len(logp))
+        return checked_cu_seqlens(cu_seqlens)
     if logp.dim() != 2 or logp.numel() == 0:
         raise ValueError(f"prm_logp must have shape [S, L] without cu_seqlens, got {list(logp.shape)}")
-    S, L = logp.shape
-    return [i * L for i in range(S + 1)]
+    return torch.arange(logp.shape[0] + 1) * logp.shape[1]
+
+
+def flat(t: Tensor | None, dtype: torch.dtype) -> Any:
+    return None if t is None else t.to(dtype).reshape(-1).contiguous()
 
 
 def lengths(bounds: list[int]) -> list[int]:

@@ -215,6 +215,20 @@ def test_results_do_not_depend_on_chunks():
         torch.testing.assert_close(parts[name], whole[name], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["chunked", "fused"])
+def test_no_host_synchronisation_on_cuda(backend):
+    x = make_inputs(64, 64, 1000, BF16, "cuda")
+    rows, _ = inputs_of(x)
+    run_loss(linear_ppo_loss, x, *rows, backend=backend)
+    hidden, weight = x.hidden.requires_grad_(), x.weight.requires_grad_()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        (linear_ppo_loss(hidden, weight, x.targets, *rows, backend=backend).loss * 0.5).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_bad_options_are_refused_by_name():
     rows = [torch.zeros(3) for _ in range(4)]
     for options, message in (

@@ -185,7 +185,7 @@ def test_opcheck_passes(device, backend):
     ref, mask = ref_and_mask(x)
     hidden, weight, bias = (t.detach().requires_grad_() for t in (x.hidden, x.weight, x.bias))
     head = (hidden, weight, x.targets, bias, None, None, -100, backend)
-    bounds, outcomes = BOUNDS.tolist(), OUTCOMES.to(device)
+    bounds, outcomes = BOUNDS, OUTCOMES.to(device)
     args = (*head, ref, mask, bounds, outcomes, None, 0.05, True, True, True)
     torch.library.opcheck(torch.ops.prime_kernels.linear_prm_loss.default, args)
     logp, use_triton = ref.clone().requires_grad_(), backend != "torch"
@@ -193,8 +193,30 @@ def test_opcheck_passes(device, backend):
         torch.ops.prime_kernels.prm_loss.default, (logp, ref, mask, bounds, outcomes, None, 0.05, use_triton)
     )
     torch.library.opcheck(
-        torch.ops.prime_kernels.implicit_reward.default, (logp, ref, mask, bounds, None, 0.05, False, use_triton)
+        torch.ops.prime_kernels.implicit_reward.default, (logp, ref, mask, bounds, None, 0.05, use_triton)
     )
+
+
+@pytest.mark.parametrize(("device", "backend"), [RUNS[0], RUNS[4]])
+def test_compiles_without_a_graph_break(device, backend):
+    x = make_inputs(50, 16, 37, F32 if device == "cpu" else BF16, device)
+    ref, mask = ref_and_mask(x)
+    bounds, outcomes = sequences(device)
+
+    def loss(hidden, weight):
+        out = linear_prm_loss(
+            torch.tanh(hidden), weight, x.targets, ref, bounds, outcomes, mask=mask, beta=1.0, backend=backend
+        )
+        given = linear_logprob(hidden, weight, x.targets, backend=backend).logp
+        whole = implicit_reward(given, ref, cu_seqlens=bounds, granularity="whole", mask=mask)
+        each = implicit_reward(given, ref, mask=mask)
+        return out.loss + prm_loss(given, ref, bounds, outcomes, mask=mask).loss + whole.square().sum() + each.sum()
+
+    eager, compiled = ([t.detach().clone().requires_grad_() for t in (x.hidden, x.weight)] for _ in range(2))
+    loss(*eager).backward()
+    torch.compile(loss, fullgraph=True)(*compiled).backward()
+    for a, b in zip(compiled, eager, strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-2, atol=1e-4)
 
 
 LOGP = torch.zeros(50)
