@@ -45,6 +45,8 @@ class Timing:
     spread: float  # (max − min)/median
     gemms: int  # the dense floor of the op, in GEMMs of 2NDV FLOP
     ratio: float  # ms over that many bare GEMMs
+    flops: int  # of those GEMMs
+    bytes: int  # the least that can move: head and tokens read once, gradients written once
     scratch: int  # bytes
 
 
@@ -58,7 +60,8 @@ class Inputs:
     old_logp: Tensor
     advantages: Tensor
     token_weight: Tensor
-    bounds: Tensor
+    bounds: Tensor  # [S + 1] on the host
+    membership: Tensor  # [S, N] 1 where a token is of a sequence
     outcomes: Tensor
 
     @classmethod
@@ -71,7 +74,8 @@ class Inputs:
             weight=torch.randn(V, D, device=device).to(dtype).requires_grad_(),
             targets=torch.randint(V, (N,), device=device), old_logp=-torch.rand(N, device=device) * 10,
             advantages=torch.randn(N, device=device), token_weight=torch.full((N,), 1 / N, device=device),
-            bounds=bounds, outcomes=torch.rand(len(bounds) - 1, device=device).round(),
+            bounds=bounds, membership=torch.block_diag(*(torch.ones(1, n) for n in bounds.diff())).to(device),
+            outcomes=torch.rand(len(bounds) - 1, device=device).round(),
         )  # fmt: skip
 
     @property
@@ -83,6 +87,17 @@ def full_logits(x: Inputs) -> Tensor:
     """Log-probs as most trainers compute them: logits in the model's dtype, softmax in fp32."""
     logits = torch.nn.functional.linear(x.hidden, x.weight).float()
     return torch.log_softmax(logits, -1).gather(-1, x.targets[:, None]).squeeze(-1)
+
+
+def eager_ppo(x: Inputs, logp: Tensor) -> Tensor:
+    ratio = torch.exp(logp - x.old_logp)
+    clipped = ratio.clamp(0.8, 1.2)
+    return (x.token_weight * torch.maximum(-x.advantages * ratio, -x.advantages * clipped)).sum()
+
+
+def eager_prm(x: Inputs, logp: Tensor) -> Tensor:
+    logits = x.membership @ (0.05 * (logp - x.old_logp))
+    return torch.nn.functional.binary_cross_entropy_with_logits(logits, x.outcomes)
 
 
 # op -> (GEMMs at the floor, our loss by backend, the loss from log-probs [N], the two-pass composition or None)
@@ -109,7 +124,7 @@ OPS: dict[str, tuple[int, LossOf, Callable[[Inputs, Tensor], Tensor], LossOf | N
     "ppo": (
         3,
         lambda x, backend: linear_ppo_loss(x.hidden, x.weight, x.targets, *x.ppo_rows, backend=backend).loss,
-        lambda x, logp: reference.ppo_clip_loss(logp, *x.ppo_rows).loss,
+        eager_ppo,
         lambda x, backend: (
             ppo_clip_loss(linear_logprob(x.hidden, x.weight, x.targets, backend=backend).logp, *x.ppo_rows).loss
         ),
@@ -119,7 +134,7 @@ OPS: dict[str, tuple[int, LossOf, Callable[[Inputs, Tensor], Tensor], LossOf | N
         lambda x, backend: (
             linear_prm_loss(x.hidden, x.weight, x.targets, x.old_logp, x.bounds, x.outcomes, backend=backend).loss
         ),
-        lambda x, logp: reference.prm_loss(logp, x.old_logp, x.bounds, x.outcomes).loss,
+        eager_prm,
         None,
     ),
 }
@@ -159,8 +174,7 @@ def providers(op: str, x: Inputs, device: str) -> dict[str, Callable[[], object]
         found["two-pass"] = partial(backward, partial(two_pass, x, backends[0]))
     found["eager"] = partial(backward, lambda: from_logp(x, full_logits(x)))
     compiled = torch.compile(lambda: from_logp(x, full_logits(x)))
-    if op in ("logprob", "frozen", "token"):  # the references of the others read values on the host
-        found["compiled"] = partial(backward, compiled)
+    found["compiled"] = partial(backward, compiled)
     return found
 
 
@@ -190,7 +204,13 @@ def time_shape(
             print(f"  {op:8} {provider:9} failed: {str(error).splitlines()[0][:90]}")
             return float("nan")
         ratio = ms / (gemms * (gemm_ms or ms))
-        found.append(Timing(op, provider, N, D, V, str(dtype)[6:], ms, spread, gemms, ratio, scratch))
+        once = (N * D + V * D) * dtype.itemsize
+        least = once if op in ("gemm", "forward") else once + (N * D + (op != "frozen") * V * D) * dtype.itemsize
+        found.append(
+            Timing(
+                op, provider, N, D, V, str(dtype)[6:], ms, spread, gemms, ratio, gemms * 2 * N * D * V, least, scratch
+            )
+        )  # fmt: skip
         print(
             f"  {op:8} {provider:9} {ms:9.2f} ms ±{spread:4.0%}  {ratio:6.3f}× {gemms} GEMM"
             f"  scratch {scratch / MIB:8.0f} MiB",
