@@ -18,55 +18,56 @@ GRANULARITIES = ("token", "whole", "step")
 def _implicit_reward(
     prm_logp: Tensor, ref_logp: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, step_ends: Tensor | None,
     beta: float, use_triton: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(reward [T], the token onto which each token's reward is summed [T]; without cu_seqlens itself, and empty)."""
-    T, device = len(prm_logp), prm_logp.device
+) -> Tensor:  # fmt: skip
+    """Rewards [T] summed over steps, or over sequences without step_ends; each token's own without cu_seqlens."""
+    T = len(prm_logp)
     # Tokens on their own have no boundaries; these share them out to programs.
-    each = cu_seqlens is None
     bounds = [*range(0, T, kernels.SEQUENCE_BLOCK), T] if cu_seqlens is None else boundaries(cu_seqlens, T)
-    cuts = torch.tensor(bounds, dtype=torch.int64).to(device, non_blocking=True)
-    if each:
+    if use_triton:
+        cuts = torch.tensor(bounds, dtype=torch.int64).to(prm_logp.device, non_blocking=True)
         with working_on(prm_logp):
-            if use_triton:
-                reward = kernels.reward(prm_logp, ref_logp, mask, cuts, None, beta, each=True)
-            else:
-                reward = token_reward(prm_logp, ref_logp, mask, beta)
-        return reward, cuts.new_empty(0)
-    index = torch.arange(T, device=device)
-    sequence = torch.arange(len(bounds) - 1, device=device).repeat_interleave(cuts.diff(), output_size=T)
-    counted = index if mask is None else torch.where(mask != 0, index, -1)
-    last = index.new_full((len(bounds) - 1,), -1).scatter_reduce(0, sequence, counted, "amax")[sequence]
-    closes = index == last
-    if step_ends is not None:
-        closes = closes | step_ends
-    # The nearest closing token at or after each; tokens after the last one count for nothing.
-    lands = torch.where(closes, index, T).flip(0).cummin(0).values.flip(0)
-    lands = torch.where(lands < cuts[1:][sequence], lands, index)
-    with working_on(prm_logp):
-        if use_triton:
-            return kernels.reward(prm_logp, ref_logp, mask, cuts, step_ends, beta, each=False), lands
-    reward = torch.zeros_like(prm_logp)
-    return reward.index_add_(0, lands, token_reward(prm_logp, ref_logp, mask, beta)), lands
+            return kernels.reward(prm_logp, ref_logp, mask, cuts, step_ends, beta, each=cu_seqlens is None)
+    reward = token_reward(prm_logp, ref_logp, mask, beta)
+    if cu_seqlens is None:
+        return reward
+    return torch.zeros_like(reward).index_add_(0, _landing(T, mask, cu_seqlens, step_ends, reward.device), reward)
 
 
 @_implicit_reward.register_fake
 def _(
     prm_logp: Tensor, ref_logp: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, step_ends: Tensor | None,
     beta: float, use_triton: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    lands = prm_logp.new_empty(0 if cu_seqlens is None else len(prm_logp), dtype=torch.int64)
-    return torch.empty_like(prm_logp), lands
+) -> Tensor:  # fmt: skip
+    return torch.empty_like(prm_logp)
 
 
-def _setup_reward(ctx: Any, inputs: tuple, output: tuple) -> None:
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(output[1], inputs[2])
-    ctx.beta = inputs[5]
+def _landing(
+    T: int, mask: Tensor | None, cu_seqlens: Tensor, step_ends: Tensor | None, device: torch.device
+) -> Tensor:  # fmt: skip
+    """The token onto which each token's reward is summed [T]: the nearest closing token at or after it."""
+    cuts = cu_seqlens.to(device, torch.int64)
+    index = torch.arange(T, device=device)
+    sequence = torch.arange(len(cuts) - 1, device=device).repeat_interleave(cuts.diff(), output_size=T)
+    counted = index if mask is None else torch.where(mask != 0, index, -1)
+    last = index.new_full((len(cuts) - 1,), -1).scatter_reduce(0, sequence, counted, "amax")[sequence]
+    closes = index == last
+    if step_ends is not None:
+        closes = closes | step_ends
+    lands = torch.where(closes, index, T).flip(0).cummin(0).values.flip(0)
+    # Tokens after a sequence's last closing one count for nothing.
+    return torch.where(lands < cuts[1:][sequence], lands, index)
 
 
-def _backward_reward(ctx: Any, upstream: Tensor, *_: Any) -> tuple:
-    lands, mask = ctx.saved_tensors
-    gradient = ctx.beta * (upstream[lands] if len(lands) else upstream)
+def _setup_reward(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    _, _, mask, cu_seqlens, step_ends, ctx.beta, _ = inputs
+    ctx.save_for_backward(mask, cu_seqlens, step_ends)
+
+
+def _backward_reward(ctx: Any, upstream: Tensor) -> tuple:
+    mask, cu_seqlens, step_ends = ctx.saved_tensors
+    if cu_seqlens is not None:
+        upstream = upstream[_landing(len(upstream), mask, cu_seqlens, step_ends, upstream.device)]
+    gradient = ctx.beta * upstream
     gradient = gradient if mask is None else torch.where(mask == 0, 0, gradient * mask)
     return gradient, -gradient, *(None,) * 5
 
@@ -107,7 +108,7 @@ def implicit_reward(
     cuts = None if granularity == "token" else cu_seqlens_of(prm_logp, cu_seqlens)
     ends = None if step_ends is None else step_ends.bool().reshape(-1).contiguous()
     use_triton = strategy_for(prm_logp, backend) != "torch"
-    reward, _ = _implicit_reward(
+    reward = _implicit_reward(
         flat(prm_logp, dtype), flat(ref_logp, dtype), flat(mask, dtype), cuts, ends, float(beta), use_triton
     )
     return reward.view(prm_logp.shape)
