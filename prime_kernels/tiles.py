@@ -82,7 +82,6 @@ class RowGrads:
 class Tiles(ABC):
     """The steps on one tile; each strategy implements them."""
 
-    keeps_logits: bool  # whether products, fold and gradient are there: logits of a tile stay in memory between them
     bytes_per_logit: int  # scratch memory a logit of a tile, at the most
 
     @abstractmethod
@@ -102,8 +101,6 @@ class Tiles(ABC):
 
 class LogitTiles(Tiles):
     """Tiles whose logits are in memory: products, then statistics of them, then their gradient in their place."""
-
-    keeps_logits = True
 
     def products(self, rows: Rows, head: Head, col_step: int) -> Tensor:
         """hidden·weightᵀ [n, s] in fp32 (fp64), computed `col_step` columns at a time."""
@@ -275,8 +272,6 @@ class ChunkedTiles(LogitTiles):
 
 class FusedTiles(Tiles):
     """Triton GEMMs whose epilogue consumes the logits: nothing of vocabulary size in the forward."""
-
-    keeps_logits = False
 
     def __init__(self, hidden: Tensor) -> None:
         self.bytes_per_logit = gemm.operand(hidden[:0]).dtype.itemsize
