@@ -1,0 +1,1 @@
+"""The reference training for PRIME, built around prime_kernels."""
