@@ -161,7 +161,8 @@ class GemmSettings:
 # Chosen by compilation: the largest tile with the architecture's matrix instruction and no spilled register. Warp
 # specialisation engages on sm_100 with a flattened loop; on sm_90 it needs 4 warps, whose largest tile that compiles
 # without spills (64×128) asks more of L2 than it saves.
-# Entry 0 is the interpreter, where every tile costs the same Python time.
+# Entry 0 is the interpreter, where every tile costs the same Python time. Read at every launch: `benchmarks.tiles` puts
+# candidates in place of an entry while it measures them.
 FUSED_STATS: dict[int, tuple[GemmSettings, ...]] = {
     0: (
         GemmSettings(32, 1024, 64, num_warps=4, num_stages=1, tma=True),
@@ -208,19 +209,19 @@ FUSED_DLOGITS: dict[int, tuple[GemmSettings, ...]] = {
 }
 
 
-def _of_architecture(table: dict[int, tuple[GemmSettings, ...]], arch: int) -> tuple[GemmSettings, ...]:
+def of_architecture(table: dict[int, tuple[GemmSettings, ...]], arch: int) -> tuple[GemmSettings, ...]:
     """The entry of the newest architecture that is not newer than `arch`."""
     return table[max(capability for capability in table if capability <= arch)]
 
 
 def stats_settings(arch: int, *, ragged: bool, bias: bool, softcap: bool) -> GemmSettings:
     """Settings of `fused_stats` on compute capability `arch`."""
-    return _of_architecture(FUSED_STATS, arch)[2 if ragged else int(bias or softcap)]
+    return of_architecture(FUSED_STATS, arch)[2 if ragged else int(bias or softcap)]
 
 
 def dlogits_settings(arch: int, *, entropy: bool, softcap: bool) -> GemmSettings:
     """Settings of `fused_dlogits` on compute capability `arch`."""
-    return _of_architecture(FUSED_DLOGITS, arch)[2 if softcap else int(entropy)]
+    return of_architecture(FUSED_DLOGITS, arch)[2 if softcap else int(entropy)]
 
 
 def vocab_splits(N: int, tiles: int, *, block_n: int, sms: int) -> int:

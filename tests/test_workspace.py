@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks.memory import measure
+from benchmarks.scratch import measure
 from prime_kernels.workspace import MIB
 
 from .oracle import BF16, F32
