@@ -1,0 +1,156 @@
+"""The embedded rollout engine: batched sampling with a key-value cache, from the trainer's own weights."""
+
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Self
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from .models import LanguageModel
+from .records import Response
+
+GREEDY = 0.0
+CHECK_EVERY = 8
+"""Tokens between looks at which rows have ended: on a GPU each look waits for the device."""
+
+
+class LocalEngine:
+    """The `Engine` that samples from a `LanguageModel` on its device.
+
+    Memory is bounded: as many responses are sampled together as `cache_bytes` of keys and values, and as many bytes
+    again while a cache grows, have room for. Rows that have ended are dropped from the cache.
+    """
+
+    def __init__(self, model: LanguageModel, *, eos: Sequence[int], cache_bytes: float) -> None:
+        self.model = model
+        self.eos = torch.tensor(sorted(eos), device=model.device)
+        self.cache_bytes = cache_bytes
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        pass
+
+    def refresh(self, version: int) -> None:
+        """Nothing to do: the weights are the trainer's own."""
+
+    def rest(self) -> None:
+        """Nothing to do: a cache lives no longer than a call of `sample`."""
+
+    @torch.no_grad()
+    def sample(
+        self, prompts: Sequence[Sequence[int]], *, n: int, temperature: float, max_tokens: int, seed: int,
+        progress: Callable[[int], None] = lambda tokens: None,
+    ) -> list[list[Response]]:  # fmt: skip
+        """n responses to each prompt, of at most max_tokens tokens.
+
+        Args:
+            temperature: 0 takes the likeliest token, and then log-probs are those of temperature 1.
+            seed: the same seed, prompts and weights give the same responses on the same device.
+            progress: called with the number of tokens sampled since its last call.
+        """
+        generator = torch.Generator(self.model.device).manual_seed(seed)
+        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+        responses: list[list[Response]] = [[] for _ in prompts]
+        training = self.model.training
+        self.model.eval()
+        try:
+            at = 0
+            while at < len(order):
+                fit = max(1, self._rows_that_fit(len(prompts[order[at]]) + max_tokens))
+                chosen = order[at : at + max(1, fit // n)]
+                for copies in _split(n, fit):
+                    sampled = self._sample_together(
+                        [prompts[i] for i in chosen], copies, temperature, max_tokens, generator, progress
+                    )
+                    for j, i in enumerate(chosen):
+                        responses[i] += sampled[j * copies : (j + 1) * copies]
+                at += len(chosen)
+        finally:
+            self.model.train(training)
+        return responses
+
+    def _rows_that_fit(self, tokens: int) -> int:
+        config = self.model.transformer.config
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        width = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim
+        return int(self.cache_bytes / (width * tokens * self.model.compute_dtype.itemsize))
+
+    def _sample_together(
+        self, prompts: list[Sequence[int]], n: int, temperature: float, max_tokens: int, generator: torch.Generator,
+        progress: Callable[[int], None],
+    ) -> list[Response]:  # fmt: skip
+        device, width = self.model.device, max(map(len, prompts))
+        ragged = min(map(len, prompts)) < width
+        padding = torch.tensor([width - len(p) for p in prompts], device=device)
+        padded = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)
+        cache = DynamicCache(config=self.model.transformer.config)
+        # Each prompt goes through the model once, then its cache serves all n responses.
+        logits = self._forward(padded, padding, cache, ragged).repeat_interleave(n, 0)
+        cache.batch_repeat_interleave(n)
+        # Rows still going, in the cache's order: which response each is, and its prompt's padding.
+        ids, padding = torch.arange(len(prompts) * n, device=device), padding.repeat_interleave(n)
+        tokens = torch.full((len(ids), max_tokens), -1, device=device)
+        logps = torch.zeros(len(ids), max_tokens, device=device)
+        ended = torch.zeros(len(ids), dtype=torch.bool, device=device)
+        for step in range(max_tokens):
+            chosen, logp = _choose(logits, temperature, generator)
+            tokens[ids, step], logps[ids, step] = torch.where(ended, -1, chosen), logp
+            ended |= torch.isin(chosen, self.eos)
+            if step == max_tokens - 1:
+                break
+            if step % CHECK_EVERY == CHECK_EVERY - 1:
+                going = (~ended).nonzero().flatten()
+                progress(CHECK_EVERY * len(ids))
+                if len(going) == 0:
+                    break
+                if len(going) < len(ids):
+                    cache.batch_select_indices(going)
+                    ids, padding, chosen, ended = ids[going], padding[going], chosen[going], ended[going]
+            logits = self._forward(chosen[:, None], padding, cache, ragged)
+        return _responses(tokens.cpu(), logps.cpu(), self.eos.cpu())
+
+    def _forward(self, input_ids: Tensor, padding: Tensor, cache: DynamicCache, ragged: bool) -> Tensor:
+        """Logits [rows, V] after the last token; the cache grows by the input."""
+        past = cache.get_seq_length()
+        total = past + input_ids.shape[1]
+        mask = positions = None
+        if ragged:
+            columns = torch.arange(total, device=input_ids.device)
+            mask = (columns >= padding[:, None]).long()
+            positions = (columns[past:] - padding[:, None]).clamp(min=0)
+        return self.model.next_token_logits(input_ids, mask, positions, cache)
+
+
+def _split(n: int, most: int) -> list[int]:
+    """n as a sum of parts of at most `most`."""
+    return [min(most, n - done) for done in range(0, n, most)]
+
+
+def _choose(logits: Tensor, temperature: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """A token for each row and its log-prob."""
+    if temperature == GREEDY:
+        logp = logits.log_softmax(-1)
+        chosen = logits.argmax(-1)
+    else:
+        logp = (logits / temperature).log_softmax(-1)
+        # argmax of p/E with E exponential is distributed as p, and needs no cumulative sums.
+        noise = torch.empty_like(logp).exponential_(generator=generator)
+        chosen = (logp.exp() / noise).argmax(-1)
+    return chosen, logp.gather(-1, chosen[:, None])[:, 0]
+
+
+def _responses(tokens: Tensor, logps: Tensor, eos: Tensor) -> list[Response]:
+    lengths = (tokens >= 0).sum(-1)
+    finished = torch.isin(tokens.gather(-1, lengths[:, None] - 1)[:, 0], eos)
+    return [
+        Response(tokens=tuple(row[:length]), logp=tuple(logp[:length]), finished=end)
+        for row, logp, length, end in zip(
+            tokens.tolist(), logps.tolist(), lengths.tolist(), finished.tolist(), strict=True
+        )
+    ]

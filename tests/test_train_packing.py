@@ -1,0 +1,158 @@
+"""Groups to packed tensors, packed tensors to micro-batches: nothing lost, nothing twice, nothing off by one."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from prime_train.packing import Layout, micro_batches, pack, pack_sequences, step_end_tokens
+from prime_train.records import Group, Prompt, Response
+from prime_train.scoring import token_logp
+
+from .tiny import CPU, TOKENIZER, model, pairs
+
+layouts = st.builds(Layout, budget=st.integers(1, 80), packed=st.booleans())
+
+
+def sequence(sequences, s):
+    """Tokens of one sequence, and how many of them are its response."""
+    tokens = sequences.tokens[sequences.cu_tokens[s] : sequences.cu_tokens[s + 1]]
+    return tokens, int(sequences.cu_responses[s + 1] - sequences.cu_responses[s])
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.integers(1, 12), layouts, st.integers(0, 10**6), st.data())
+def test_each_chosen_sequence_is_in_exactly_one_micro_batch(S, layout, seed, data):
+    sequences = pack_sequences(pairs(S, seed))
+    rows = data.draw(st.lists(st.sampled_from(range(S)), unique=True, min_size=1))
+    found = micro_batches(sequences, torch.tensor(rows), layout, CPU)
+    assert sorted(s for micro in found for s in micro.sequences.tolist()) == sorted(rows)
+    of_rows = [t for s in rows for t in range(int(sequences.cu_responses[s]), int(sequences.cu_responses[s + 1]))]
+    assert sorted(t for micro in found for t in micro.tokens.tolist()) == sorted(of_rows)
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.integers(1, 12), layouts, st.integers(0, 10**6))
+def test_a_micro_batch_is_what_naive_indexing_gives(S, layout, seed):
+    sequences = pack_sequences(pairs(S, seed))
+    for micro in micro_batches(sequences, torch.arange(S), layout, CPU):
+        at, want_tokens = [], []
+        begin = 0
+        for row, s in enumerate(micro.sequences.tolist()):
+            tokens, n = sequence(sequences, s)
+            if not layout.packed:
+                begin = row * micro.input_ids.shape[1]
+            flat = micro.input_ids.flatten()
+            assert torch.equal(flat[begin : begin + len(tokens)], tokens)
+            if layout.packed:
+                assert micro.position_ids[0, begin : begin + len(tokens)].tolist() == list(range(len(tokens)))
+            at += range(begin + len(tokens) - n - 1, begin + len(tokens) - 1)
+            want_tokens += tokens[-n:].tolist()
+            assert micro.cu_seqlens[row + 1] - micro.cu_seqlens[row] == n
+            begin += len(tokens)
+        assert micro.at.tolist() == at
+        assert micro.targets.tolist() == want_tokens
+        assert micro.input_ids.shape[0] == (1 if layout.packed else len(micro.sequences))
+        assert (micro.position_ids is None) != layout.packed
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.integers(1, 12), layouts, st.integers(0, 10**6))
+def test_the_budget_is_kept_except_by_what_is_alone_over_it(S, layout, seed):
+    found = micro_batches(pack_sequences(pairs(S, seed)), torch.arange(S), layout, CPU)
+    for micro in found:
+        assert micro.input_ids.numel() <= layout.budget or len(micro.sequences) == 1
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.integers(1, 12), layouts, st.integers(0, 10**6))
+def test_two_neighbours_would_not_have_fitted_together(S, layout, seed):
+    sequences = pack_sequences(pairs(S, seed))
+    found = micro_batches(sequences, torch.arange(S), layout, CPU)
+    for one, other in pairwise(found):
+        first = len(sequence(sequences, int(other.sequences[0]))[0])
+        if layout.packed:
+            assert one.input_ids.numel() + first > layout.budget
+        else:
+            assert (len(one.sequences) + 1) * max(one.input_ids.shape[1], first) > layout.budget
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 5), st.integers(1, 4), layouts, st.integers(0, 10**6))
+def test_units_stay_together(units, size, layout, seed):
+    unit = torch.arange(units).repeat(size)
+    found = micro_batches(pack_sequences(pairs(units * size, seed)), torch.arange(len(unit)), layout, CPU, units=unit)
+    places = [set(unit[micro.sequences].tolist()) for micro in found]
+    assert sum(map(len, places)) == units
+    for micro, of in zip(found, places, strict=True):
+        assert micro.input_ids.numel() <= layout.budget or len(of) == 1
+
+
+def test_the_longest_sequence_comes_first():
+    sequences = pack_sequences(pairs(10, seed=1))
+    found = micro_batches(sequences, torch.arange(10), Layout(budget=30), CPU)
+    widths = [micro.input_ids.shape[1] for micro in found]
+    assert widths == sorted(widths, reverse=True)
+    assert widths[0] == sequences.cu_tokens.diff().max()
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_padded_and_packed_forwards_agree_to_rounding(attention):
+    net, sequences = model(shape="16x2x2"), pack_sequences(pairs(9, seed=2))
+    net.transformer.set_attn_implementation(attention)
+    alone, _ = token_logp(net, sequences, Layout(budget=1))
+    for packed in (False, True):
+        found, _ = token_logp(net, sequences, Layout(budget=10**6, packed=packed))
+        torch.testing.assert_close(found, alone, rtol=1e-5, atol=1e-6)
+
+
+# -- groups to batches --
+
+
+def group(number, responses, outcomes):
+    prompt = Prompt(id=str(number), text="", tokens=(3, 6 + number, 4), ability="arithmetic", reference="0")
+    made = tuple(
+        Response(tokens=tuple(tokens), logp=tuple(-0.1 * i - number for i in range(len(tokens))), finished=True)
+        for tokens in responses
+    )
+    return Group(prompt=prompt, responses=made, texts=("",) * len(made), outcomes=tuple(outcomes))
+
+
+def test_a_batch_holds_every_response_of_every_group_in_order():
+    groups = [group(0, [[7, 8, 2], [9, 2]], [1.0, 0.0]), group(1, [[5, 2]], [0.5])]
+    found = pack(groups, TOKENIZER, None)
+    assert found.sequences.tokens.tolist() == [3, 6, 4, 7, 8, 2, 3, 6, 4, 9, 2, 3, 7, 4, 5, 2]
+    assert found.sequences.cu_tokens.tolist() == [0, 6, 11, 16]
+    assert found.sequences.cu_responses.tolist() == [0, 3, 5, 7]
+    assert found.outcomes.tolist() == [1.0, 0.0, 0.5]
+    assert found.groups.tolist() == [0, 0, 1]
+    assert found.sampler_logp.tolist() == pytest.approx([0, -0.1, -0.2, 0, -0.1, -1, -1.1])
+    assert not found.step_ends.any()
+
+
+def ends(text, pattern):
+    """The characters that end a step, each followed by |."""
+    tokens = TOKENIZER(text, add_special_tokens=False)["input_ids"]
+    assert len(tokens) == len(text)
+    found = step_end_tokens(tokens, TOKENIZER, pattern)
+    return "".join(c + "|" * end for c, end in zip(text, found, strict=True))
+
+
+def test_a_step_ends_with_the_token_that_completes_the_pattern_and_with_the_last_one():
+    assert ends("1+2\n\n3+4\n\n#5", r"\n\s*\n") == "1+2\n\n|3+4\n\n|#5|"
+    assert ends("1=1\n2=2\n", r"\n") == "1=1\n|2=2\n|"
+    assert ends("1+2", r"\n") == "1+2|"
+
+
+def test_a_pattern_that_matches_nothing_ends_no_step_of_its_own():
+    assert ends("1+2", r"x*") == "1+2|"
+
+
+def test_a_token_of_several_characters_ends_a_step_within_it():
+    class Pieces:
+        def batch_decode(self, tokens):
+            return [["ab\n", "\nc", "de"][token] for [token] in tokens]
+
+    assert step_end_tokens([0, 1, 2], Pieces(), r"\n\n") == [False, True, True]
