@@ -1,0 +1,36 @@
+"""Ctrl-C and SIGTERM as a request to stop where it is safe."""
+
+import signal
+from types import FrameType, TracebackType
+
+
+class Interrupted(Exception):
+    """Raised where stopping is safe after a stop was requested."""
+
+
+class Interrupts:
+    """Within it the first SIGINT or SIGTERM is a request, the second one stops the program at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._before: dict[signal.Signals, object] = {}
+
+    def check(self) -> None:
+        if self.requested:
+            raise Interrupted
+
+    def __enter__(self) -> "Interrupts":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._request)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True

@@ -1,0 +1,150 @@
+"""Figures of a step, from the records that its stages left: flat dictionaries of numbers, one a stage."""
+
+import resource
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from .advantages import Advantages
+from .mismatch import Mismatch
+from .policy import PolicyUpdate
+from .prm import PRMUpdate, pairwise_accuracy, sequence_sums
+from .records import Batch, Group, ProcessRewards, Scores
+from .rollouts import Collected
+
+RARE = -3.0
+"""Log-prob under the reference (p = 0.05) below which a token counts as rare."""
+
+Figures = dict[str, float]
+
+
+def of_rollouts(collected: Collected) -> Figures:
+    """How the prompts fared, before the filter and after it."""
+    kept = collected.groups
+    return {
+        "accuracy/before_filter": collected.accuracy,
+        "accuracy/after_filter": sum(group.accuracy for group in kept) / max(1, len(kept)),
+        "filter/seen": collected.seen,
+        "filter/kept": len(kept),
+        **{f"filter/{reason.replace(' ', '_')}": count for reason, count in collected.dropped.items()},
+        "response/truncated": collected.truncated,
+        **{f"verify/{status}": count for status, count in collected.verdicts.items()},
+    }
+
+
+def of_batch(batch: Batch, scores: Scores) -> Figures:
+    """Length and entropy."""
+    return {
+        "response/length": float(batch.sequences.cu_responses.diff().float().mean()),
+        "policy/entropy": float(scores.entropy.mean()),
+    }
+
+
+def of_mismatch(mismatch: Mismatch) -> Figures:
+    """How far the sampler's log-probs are from the trainer's."""
+    return {
+        "sampler/kl": mismatch.kl,
+        "sampler/ratio_mean": mismatch.ratio_mean,
+        "sampler/ratio_max": mismatch.ratio_max,
+        "sampler/clipped": mismatch.clipped,
+    }
+
+
+def of_prm(beta: float, batch: Batch, reference: Tensor, rewards: ProcessRewards, update: PRMUpdate | None) -> Figures:
+    """Whether the PRM tells right from wrong, as its rewards were taken, and where its rewards lie.
+
+    reward/rare_wrong reveals process-reward hacking: the mean log-ratio of tokens that are rare under the reference, in
+    responses that fail. It should be negative.
+    """
+    cu, outcomes = batch.sequences.cu_responses, batch.outcomes
+    right = outcomes >= 0.5
+    rare = (reference < RARE) & ~right.repeat_interleave(cu.diff())
+    token = rewards.token / beta
+    lengths = cu.diff()
+    per_token = sequence_sums(token, cu) / lengths
+    figures = {
+        "prm/pairwise_accuracy": pairwise_accuracy(rewards.logits, outcomes, batch.groups),
+        "prm/sign_accuracy": float(((rewards.logits > 0) == right).float().mean()),
+        "reward/right": _mean(per_token[right]),
+        "reward/wrong": _mean(per_token[~right]),
+        "reward/rare_wrong": _mean(token[rare]),
+        "reward/max_log_ratio": float(token.abs().max()),
+    }
+    if update is not None:
+        figures |= {"prm/loss": update.loss, "prm/grad_norm": update.grad_norm, "skipped/prm": update.skipped}
+    return figures
+
+
+def of_policy(advantages: Advantages, update: PolicyUpdate) -> Figures:
+    """The policy's update."""
+    return {
+        "advantage/process_share": advantages.process_share,
+        "policy/loss": update.loss,
+        "policy/grad_norm": update.grad_norm,
+        "policy/clip_fraction": update.clip_fraction,
+        "policy/kl": update.approx_kl,
+        "policy/ratio_max": update.ratio_max,
+        "skipped/policy": update.skipped,
+    }
+
+
+def of_evaluation(greedy: Sequence[Group], sampled: Sequence[Group]) -> Figures:
+    """Accuracy on held-out prompts."""
+    figures = {"eval/greedy": sum(group.accuracy for group in greedy) / max(1, len(greedy))}
+    if sampled:
+        figures["eval/sampled"] = sum(group.accuracy for group in sampled) / len(sampled)
+    return figures
+
+
+def _mean(values: Tensor) -> float:
+    return float(values.mean()) if values.numel() else 0.0
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Peak of the GPU's allocator since its last reset; on a CPU the process's peak resident memory. GiB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def described(figures: Figures) -> str:
+    """Accuracies for people: `greedy 0.31, sampled 0.18`."""
+    return ", ".join(f"{name.removeprefix('eval/')} {value:.3f}" for name, value in figures.items())
+
+
+def short_batch(collected: Collected, wanted: int) -> str:
+    """Why a batch has fewer prompts than wanted."""
+    reasons = ", ".join(f"{count} {reason}" for reason, count in collected.dropped.most_common())
+    kept = len(collected.groups)
+    return f"{kept} of {wanted} prompts passed the filter, {collected.seen} were tried ({reasons or 'none dropped'})"
+
+
+class Clock:
+    """Seconds by stage, the device's queued work included."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds: dict[str, float] = {}
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - began
+
+    def figures(self, tokens: int) -> Figures:
+        """Seconds by stage; trained prompt and response tokens a second of rollout and training; peak memory."""
+        training = sum(seconds for stage, seconds in self.seconds.items() if stage != "eval")
+        return {
+            **{f"time/{stage}": seconds for stage, seconds in self.seconds.items()},
+            "time/step": sum(self.seconds.values()),
+            "throughput/tokens_per_s": tokens / training if training else 0.0,
+            "memory/peak_gib": peak_memory_gib(self.device),
+        }

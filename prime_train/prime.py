@@ -1,0 +1,174 @@
+"""PRIME: reinforcement learning with process rewards from an implicit PRM that learns online from outcomes.
+
+`train` is the algorithm (arXiv 2502.01456, algorithm 1) from top to bottom; each stage is a module of its own.
+"""
+
+import itertools
+from collections.abc import Callable
+
+from . import measures, mismatch, policy, prm
+from .advantages import advantages, padded
+from .ahead import Ahead
+from .checkpoints import Checkpoints, Progress
+from .config import Config
+from .data import Stream, load_prompts, prompt_length
+from .engine import Engine
+from .evaluation import evaluate
+from .interrupt import Interrupted, Interrupts
+from .outcomes import Outcomes
+from .packing import pack
+from .records import Prompt
+from .rollouts import Collected, collect
+from .rundir import CHECKPOINTS, RunDirectory
+from .sampler import LocalEngine
+from .scoring import score
+from .setup import Models, eos_tokens, load_models
+from .view import View, step_summary, token_samples
+
+
+def train(config: Config, view: View) -> Progress:
+    """Trains until `run.steps`, or until interrupted between two steps, and returns where it stands.
+
+    Goes on from the newest checkpoint in `run.dir`, if there is one.
+    """
+    models = load_models(config)
+    run = RunDirectory(config, config.run.dir)
+    progress = run.resume(models.trained)
+    tokenizer, layout = models.tokenizer, models.layout
+    stream = Stream(
+        load_prompts(config.data, tokenizer, held_out=False), prompt_length, seed=config.run.seed,
+        max_tokens=config.data.max_prompt_tokens, position=progress.position, dropped=progress.too_long,
+    )  # fmt: skip
+    held_out = held_out_prompts(config, models)
+    relative_to = config.prm.reference if models.prm is not None else None
+    step_pattern = config.prm.step_pattern if config.prm.granularity == "step" else None
+
+    def batch_of(step: int, check: Callable[[], None]) -> Collected:
+        return collect(
+            config.rollout, config.filter, stream, engine, outcomes, tokenizer, seed=seed_of(config, step),
+            sampled=lambda tokens: check(),
+        )  # fmt: skip
+
+    with (
+        rollout_engine(config, models) as engine,
+        Outcomes(config.verify) as outcomes,
+        Interrupts() as interrupts,
+        view.bar("PRIME", config.run.steps, progress.step) as advance,
+        Ahead(batch_of, interrupts.check, ahead=config.rollout.ahead, last=config.run.steps) as batches,
+    ):
+        engine.refresh(progress.step)
+        if progress.step == 0:
+            figures, _ = evaluate(config.eval, config.rollout, held_out, engine, outcomes, tokenizer)
+            run.log(0, figures)
+            view.say(f"before PRIME: {measures.described(figures)}")
+
+        for step in range(progress.step + 1, config.run.steps + 1):
+            clock = measures.Clock(models.policy.device)
+            try:
+                with clock("rollout"):
+                    collected, lag = batches.take(step)
+            except Interrupted:
+                break
+            engine.rest()
+            figures = measures.of_rollouts(collected) | {"rollout/lag": lag}
+            if len(collected.groups) < config.rollout.prompts:
+                view.warn(f"step {step}: {measures.short_batch(collected, config.rollout.prompts)}")
+
+            if collected.groups:
+                batch = pack(collected.groups, tokenizer, step_pattern)
+                batches.begin(step + 1)
+                cu_seqlens = batch.sequences.cu_responses
+                with clock("score"):
+                    scores = score(
+                        models.policy, models.reference, batch, layout, temperature=config.rollout.temperature,
+                        relative_to=relative_to, kl=config.policy.kl_coef > 0,
+                    )  # fmt: skip
+                gap = mismatch.compare(batch.sampler_logp, scores.old, config.rollout.importance_clamp)
+                figures |= measures.of_batch(batch, scores) | measures.of_mismatch(gap)
+                if gap.alarm:
+                    view.warn(f"step {step}: {gap.alarm}")
+
+                rewards = process = carries = None
+                if models.prm is not None and scores.reference is not None:
+                    with clock("prm"):
+                        rewards, learned = prm.reward_and_update(
+                            config.prm, models.prm, models.prm_optimizer, batch, scores.reference, layout
+                        )
+                    figures |= measures.of_prm(config.prm.beta, batch, scores.reference, rewards, learned)
+                    process, carries = (padded(t, cu_seqlens)[0] for t in prm.placed(config.prm, rewards, batch))
+
+                with clock("policy"):
+                    _, mask = padded(scores.old, cu_seqlens)
+                    advantage = advantages(config.advantage, process, carries, batch.outcomes, mask, batch.groups)
+                    updated = policy.update(
+                        config.policy, models.policy, models.policy_optimizer, batch, scores, advantage.token[mask],
+                        layout, importance=gap.importance, temperature=config.rollout.temperature,
+                        max_tokens=config.rollout.max_tokens, seed=seed_of(config, step),
+                    )  # fmt: skip
+                figures |= measures.of_policy(advantage, updated)
+                if figures["skipped/policy"] or figures.get("skipped/prm"):
+                    kept = run.keep_nonfinite(step, batch=batch, scores=scores, rewards=rewards, advantages=advantage)
+                    view.warn(f"step {step}: {kept}")
+
+            with clock("rollout"):
+                batches.settle()  # weights do not change under a batch that is being sampled
+            with clock("refresh"):
+                engine.refresh(step)
+            last = step == config.run.steps
+            if last or (config.eval.every and step % config.eval.every == 0):
+                with clock("eval"):
+                    found, _ = evaluate(config.eval, config.rollout, held_out, engine, outcomes, tokenizer)
+                figures |= found
+                if collected.groups:
+                    samples = token_samples(collected.groups, rewards, cu_seqlens, tokenizer)
+                    run.log_samples(step, samples)
+                    view.samples(f"step {step}: {measures.described(found)}", samples)
+            figures |= clock.figures(tokens=len(batch.sequences.tokens) if collected.groups else 0)
+            progress = Progress(
+                step=step, position=collected.position, too_long=collected.too_long,
+                seconds=progress.seconds + figures["time/step"],
+            )  # fmt: skip
+            run.log(step, figures)
+            advance(step_summary(figures))
+            if last or (config.run.checkpoint_every and step % config.run.checkpoint_every == 0):
+                run.checkpoints.save(progress, models.trained)
+            if interrupts.requested:
+                break
+
+    run.finish(progress, models.trained)
+    return progress
+
+
+def evaluate_newest(config: Config) -> tuple[int, measures.Figures]:
+    """Accuracies of the newest checkpoint, or of the starting point where there is none, and its step."""
+    models = load_models(config)
+    checkpoints = Checkpoints(config.run.dir / CHECKPOINTS, keep=config.run.keep_checkpoints)
+    latest = checkpoints.latest()
+    progress = checkpoints.load(latest, models.trained) if latest else Progress()
+    with rollout_engine(config, models) as engine, Outcomes(config.verify) as outcomes:
+        engine.refresh(progress.step)
+        figures, _ = evaluate(
+            config.eval, config.rollout, held_out_prompts(config, models), engine, outcomes, models.tokenizer
+        )
+    return progress.step, figures
+
+
+def seed_of(config: Config, step: int) -> int:
+    """Of the step's sampling and mini-batches."""
+    return config.run.seed * 1_000_003 + step
+
+
+def held_out_prompts(config: Config, models: Models) -> list[Prompt]:
+    """The first `eval.prompts` ones that are not too long."""
+    prompts = load_prompts(config.data, models.tokenizer, held_out=True)
+    short = (p for p in map(prompts.__getitem__, range(len(prompts))) if len(p.tokens) <= config.data.max_prompt_tokens)
+    return list(itertools.islice(short, config.eval.prompts))
+
+
+def rollout_engine(config: Config, models: Models) -> Engine:
+    eos = eos_tokens(models.tokenizer, models.policy)
+    if config.rollout.engine == "vllm":
+        from .vllm.build import vllm_engine  # its HTTP client is for runs that have servers
+
+        return vllm_engine(config, models.policy, eos)
+    return LocalEngine(models.policy, eos=eos, cache_bytes=config.rollout.cache_gib * 2**30)
