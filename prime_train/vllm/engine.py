@@ -1,0 +1,198 @@
+"""The rollout engine whose tokens come from vLLM servers."""
+
+import asyncio
+import contextlib
+import random
+import secrets
+from collections.abc import Callable, Coroutine, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+
+from ..models import LanguageModel
+from ..records import Response
+from .client import Pool, Sampling, Server, connected, persistently
+from .errors import ServerDied, ServerError, Unavailable
+from .server import ServerProcess
+from .transport import Transport
+
+CONCURRENCY = 64
+"""Prompts at a time for each server, each with its n responses."""
+TICK_S = 0.25
+"""Between two looks at the server's process and at whether sampling should stop."""
+RESTARTS = 3
+"""Of a server that dies, in one refresh or one call of `sample`."""
+
+
+class VLLMEngine:
+    """The `Engine` over servers at `urls`, or over one that it starts itself.
+
+    A server of its own is started anew when it dies, given the weights of the last refresh, and asked for what is
+    missing. Every response says which weights each of its tokens is from; any but those of the last refresh are an
+    error. Sampled tokens differ from the embedded engine's for the same seed; greedy ones do not.
+
+    Args:
+        policy: whose weights are served.
+        eos: every token that ends a response.
+        urls: servers that run already; without any, `process` is the server.
+        sleeps: whether `process` gives its GPU up in `rest` (vLLM's --enable-sleep-mode).
+        deadline: seconds for one request and all its repetitions.
+
+    Raises:
+        ServerError: from every method, when a server cannot be used; says which and why.
+    """
+
+    def __init__(
+        self, policy: LanguageModel, transport: Transport, *, eos: Sequence[int], deadline: float,
+        urls: Sequence[str] = (), process: ServerProcess | None = None, sleeps: bool = False,
+    ) -> None:  # fmt: skip
+        if bool(urls) == (process is not None):
+            raise ValueError("either urls or a process of the engine's own, got both or neither")
+        self.policy, self.transport, self.eos, self.deadline = policy, transport, tuple(eos), deadline
+        self.process, self.sleeps = process, sleeps
+        self._urls = list(urls)
+        # Tells this engine's weights from those that another run, or an earlier one, left in the same server.
+        self._run = secrets.token_hex(4)
+        self._version: str | None = None
+        self._asleep = False
+
+    def __enter__(self) -> Self:
+        try:
+            if self.process is not None:
+                self.process.start()
+        except BaseException:
+            self.transport.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        with contextlib.ExitStack() as stack:
+            stack.callback(self.transport.close)
+            if self.process is not None:
+                stack.callback(self.process.stop)
+
+    @property
+    def urls(self) -> list[str]:
+        return self._urls if self.process is None else [self.process.url]
+
+    def refresh(self, version: int) -> None:
+        self._version = f"{self._run}/{version}"
+        self.transport.publish(self.policy)
+        if self._asleep and torch.cuda.is_available():
+            # What torch keeps of freed memory is what the server is about to take.
+            torch.cuda.empty_cache()
+        self._surviving(lambda: asyncio.run(self._on_all(self._load)))
+        self._asleep = False
+
+    def rest(self) -> None:
+        if self.sleeps:
+            self._surviving(lambda: asyncio.run(self._on_all(self._put_to_sleep)))
+            self._asleep = True
+
+    def sample(
+        self, prompts: Sequence[Sequence[int]], *, n: int, temperature: float, max_tokens: int, seed: int,
+        progress: Callable[[int], None] = lambda tokens: None,
+    ) -> list[list[Response]]:  # fmt: skip
+        if self._version is None or self._asleep:
+            raise ServerError("the servers must be refreshed before they are sampled from")
+        # vLLM gives the i-th of a prompt's responses the prompt's seed + i, so prompts' seeds must lie far apart.
+        seeds = random.Random(seed)
+        wanted = [
+            Sampling(
+                n=n, temperature=temperature, max_tokens=max_tokens, seed=seeds.getrandbits(48), eos=self.eos,
+                version=self._version,
+            )
+            for _ in prompts
+        ]  # fmt: skip
+        found: dict[int, list[Response]] = {}
+        self._surviving(lambda: asyncio.run(self._sample(prompts, wanted, found, progress)))
+        return [found[i] for i in range(len(prompts))]
+
+    async def _sample(
+        self, prompts: Sequence[Sequence[int]], wanted: Sequence[Sampling], found: dict[int, list[Response]],
+        progress: Callable[[int], None],
+    ) -> None:  # fmt: skip
+        """Adds to `found` what it has not got yet."""
+        sampled = 0
+        async with connected(self.urls, self.deadline) as servers:
+            pool, free = Pool(servers), asyncio.Semaphore(CONCURRENCY * len(servers))
+
+            async def one(i: int) -> None:
+                nonlocal sampled
+                async with free:
+                    found[i] = await pool.generate(prompts[i], wanted[i])
+                sampled += sum(len(response.tokens) for response in found[i])
+
+            def look() -> None:
+                nonlocal sampled
+                told, sampled = sampled, 0
+                progress(told)
+
+            await self._watched([one(i) for i in range(len(prompts)) if i not in found], look)
+
+    async def _on_all(self, act: Callable[[Server], Coroutine[Any, Any, None]]) -> None:
+        async with connected(self.urls, self.deadline) as servers:
+            await self._watched([act(server) for server in servers])
+
+    async def _load(self, server: Server) -> None:
+        """Gives the server the last snapshot and makes sure that this is what it serves."""
+        if self._asleep:
+            await server.call("POST", "/wake_up?tags=weights")
+        await self.transport.load(server)
+        if self._asleep:
+            await server.call("POST", "/wake_up?tags=kv_cache")
+
+        async def forget() -> None:
+            # Keys and values of the old weights; while a request that nobody waits for any more is being dropped, the
+            # server answers that it could not.
+            if not (await server.attempt("POST", "/reset_prefix_cache")).get("success"):
+                raise Unavailable(f"{server.url}: requests still run that nobody waits for")
+
+        await persistently(forget, self.deadline)
+        await server.call("POST", "/update_weight_version", {"new_version": self._version})
+        serves = (await server.call("GET", "/weight_info")).get("weight_version")
+        if serves != self._version:
+            raise ServerError(f"{server.url} says that it serves weights {serves} after it was given {self._version}")
+
+    async def _put_to_sleep(self, server: Server) -> None:
+        await server.call("POST", "/sleep?level=2")
+
+    async def _watched(
+        self, work: Sequence[Coroutine[Any, Any, None]], look: Callable[[], None] = lambda: None
+    ) -> None:
+        """Waits for all of the work, of which the first error, or one that `look` raises, ends the rest."""
+        tasks = {asyncio.create_task(w) for w in work}
+        pending = tasks
+        try:
+            while pending:
+                done, pending = await asyncio.wait(pending, timeout=TICK_S, return_when=asyncio.FIRST_EXCEPTION)
+                if self.process is not None and (pending or any(task.exception() for task in done)):
+                    self.process.check()
+                for task in done:
+                    task.result()
+                look()
+        finally:
+            for task in pending:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _surviving(self, act: Callable[[], None]) -> None:
+        """Acts; when the server of its own dies over it, starts another one with the same weights and acts again."""
+        for restart in range(RESTARTS + 1):
+            try:
+                if restart:
+                    self._revive()
+                return act()
+            except ServerDied:
+                if restart == RESTARTS:
+                    raise
+
+    def _revive(self) -> None:
+        assert self.process is not None
+        self.process.stop()
+        self.process.start()
+        self._asleep = False
+        asyncio.run(self._on_all(self._load))

@@ -1,0 +1,13 @@
+"""What can be wrong with servers; imports nothing, so that the command line can name it without waiting for torch."""
+
+
+class ServerError(RuntimeError):
+    """A server cannot be used; says which, by its URL, and why."""
+
+
+class Unavailable(ServerError):
+    """An attempt came to nothing; another may not."""
+
+
+class ServerDied(ServerError):
+    """The process of the run's own server has ended."""
