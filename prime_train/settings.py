@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 
 from .config import Config
 
@@ -81,15 +82,19 @@ def _pairs(overrides: Sequence[str]) -> list[tuple[str, str, Any]]:
 
 def _takes_none(section: str, key: str) -> bool:
     """Whether `none` on the command line means that the key is left out."""
-    field = Config.model_fields.get(section)
-    key_field = field.annotation.model_fields.get(key) if field is not None else None  # type: ignore[union-attr]
+    key_field = _keys(section).get(key) if section in Config.model_fields else None
     return key_field is not None and key_field.default is None
+
+
+def _keys(section: str) -> dict[str, FieldInfo]:
+    """A section's keys, by name."""
+    return Config.model_fields[section].annotation.model_fields  # type: ignore[union-attr]
 
 
 def _refuse_unknown(section: str, key: str) -> None:
     if section not in Config.model_fields:
         raise ConfigError(f"no section {section!r}{_nearest(section, list(Config.model_fields))}")
-    keys = list(Config.model_fields[section].annotation.model_fields)  # type: ignore[union-attr]
+    keys = list(_keys(section))
     if key not in keys:
         raise ConfigError(f"no key {section}.{key}{_nearest(key, keys, section)}")
 
@@ -113,8 +118,8 @@ def _explained(error: Any) -> str:
 def reference_table() -> str:
     """Every key with its default and meaning, as Markdown."""
     lines = ["| key | default | meaning |", "|---|---|---|"]
-    for section, field in Config.model_fields.items():
-        for key, info in field.annotation.model_fields.items():  # type: ignore[union-attr]
+    for section in Config.model_fields:
+        for key, info in _keys(section).items():
             meaning = " ".join((info.description or "").split())
             default = "" if info.default is None else json.dumps(info.default, default=str)
             lines.append(f"| `{section}.{key}` | {default} | {meaning} |")
