@@ -52,8 +52,8 @@ def advantages(
 
 def baselined(config: Advantage, rewards: Tensor, carries: Tensor, group: Tensor) -> Tensor:
     """Rewards of one source less the estimator's baseline, where a token carries that source; 0 elsewhere."""
-    if config.estimator == "rloo":
-        return leave_one_out(rewards, carries, group, released=config.loo == "release")
+    if config.estimator in ("rloo", "rloo_released"):
+        return leave_one_out(rewards, carries, group, released=config.estimator == "rloo_released")
     if config.estimator == "grpo":
         return group_normalized(rewards, carries, group)
     return torch.where(carries, rewards, 0)

@@ -37,6 +37,11 @@ class Run(Section):
     """Steps between checkpoints; 0 saves at the end, and on an interrupt, alone."""
     keep_checkpoints: Count = 2
     """How many of the newest checkpoints stay."""
+    keep_every: Whole = 0
+    """Checkpoints of multiples of this step stay for good; 0 for none of them."""
+    patience: Positive = 1800.0
+    """Seconds that a wait for another process, a server's start or its answer may last before the run gives up; a
+    quarter of it for servers where several processes wait for the one that asks them."""
     wandb: bool = False
     """Log to Weights & Biases too (extra `wandb`); metrics.jsonl and TensorBoard are always written."""
 
@@ -50,12 +55,20 @@ class Model(Section):
     """Frozen reference of the implicit rewards and of the KL term; the policy's where left out."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Of the computation; weights being trained are kept in float32."""
-    attention: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
-    """Implementation of attention."""
-    checkpointing: bool = False
-    """Recompute each transformer block in backward instead of keeping its activations."""
+    attention: Literal["auto", "sdpa", "flash_attention_2", "eager"] = "auto"
+    """Implementation of attention; `auto` is flash_attention_2 on a GPU where it is installed, else sdpa."""
+    blocks: tuple[Literal["checkpoint", "compile", "liger"], ...] = ()
+    """What is done to transformer blocks: recomputed in backward instead of keeping their activations, compiled by
+    torch.compile, their norms, MLPs and rotary embeddings replaced by Liger's (extra `liger`)."""
+    lora: Whole = 0
+    """Rank of low-rank adapters of policy and PRM, which then train alone, scaled by 2; 0 trains all weights."""
     tokens_per_micro_batch: Count = 16384
     """Prompt, response and padding tokens that one forward and backward takes; bounds memory, not results."""
+    replicas: Count = 1
+    """Copies of the sharded models: weights are sharded over so many times fewer processes (HSDP), usually those of a
+    node."""
+    offload: tuple[Literal["policy", "prm", "reference"], ...] = ()
+    """Models whose weights, gradients and optimizer stay in host memory and visit the GPU block by block."""
 
 
 class Data(Section):
@@ -85,11 +98,7 @@ class SFT(Section):
     batch: Count = 96
     """Examples a step."""
     lr: Positive = 1e-5
-    """Peak learning rate; cosine to 0 after the warm-up."""
-    warmup: Share = 0.1
-    """Share of the steps over which the learning rate rises."""
-    max_tokens: Count = 4096
-    """Longer examples are dropped and counted."""
+    """Peak learning rate; reached after a tenth of the steps, then a cosine to 0."""
 
 
 class Rollout(Section):
@@ -115,8 +124,8 @@ class VLLM(Section):
     servers: str = ""
     """URLs of running servers, separated by spaces; or what starts one: the Python of an environment that has vLLM, and
     then options of its server, if any."""
-    deadline: Positive = 900.0
-    """Seconds until a server must be ready, and until a request to one, repeated where it fails, must be answered."""
+    transport: Literal["file", "nccl", "ipc"] = "file"
+    """How new weights get into servers: `file`, everywhere; `nccl`, from GPU to GPU; `ipc`, within one GPU's memory."""
 
     @property
     def urls(self) -> tuple[str, ...]:
@@ -168,10 +177,6 @@ class Verify(Section):
     """Verifier of your own as `module:function`, (prompt, response) -> score in [0, 1]."""
     extract: tuple[Literal["boxed", "hash", "answer_is"], ...] = ("boxed", "hash", "answer_is")
     """Where a math answer is looked for, \\boxed{}, #### and "the answer is"; the first form found counts."""
-    test_seconds: Positive = 10.0
-    """Seconds that one test of a code answer may take."""
-    test_memory_mb: Count = 1024
-    """Memory that one test of a code answer may take, MiB."""
     unsafe: bool = False
     """Run code answers without a sandbox where none can be set up. The model's code then has your rights."""
 
@@ -209,10 +214,9 @@ class PRM(Section):
 
 
 class Advantage(Section):
-    estimator: Literal["rloo", "grpo", "reinforce"] = "rloo"
-    """Baseline: leave-one-out, group mean and deviation, or none."""
-    loo: Literal["paper", "release"] = "paper"
-    """rloo on process rewards: Eq. 5 of the paper, or what the released code computes."""
+    estimator: Literal["rloo", "rloo_released", "grpo", "reinforce"] = "rloo"
+    """Baseline: leave-one-out as in Eq. 5 of the paper, or as the released code computes it on process rewards; group
+    mean and deviation; none."""
     process_coef: NonNegative = 5.0
     """Weight of the process rewards; 0 trains on outcomes alone, without a PRM."""
     outcome_coef: NonNegative = 5.0

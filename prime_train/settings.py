@@ -76,14 +76,16 @@ def _pairs(overrides: Sequence[str]) -> list[tuple[str, str, Any]]:
             if not words:
                 raise ConfigError(f"{word} needs a value")
             value = words.pop(0)
-        pairs.append((section, key, None if value == "none" and _takes_none(section, key) else value))
+        pairs.append((section, key, _parsed(section, key, value)))
     return pairs
 
 
-def _takes_none(section: str, key: str) -> bool:
-    """Whether `none` on the command line means that the key is left out."""
-    key_field = _keys(section).get(key) if section in Config.model_fields else None
-    return key_field is not None and key_field.default is None
+def _parsed(section: str, key: str, value: str) -> Any:
+    """A value of the command line: `none` for a key that may be left out, `a,b` for one that has several values."""
+    default = _keys(section)[key].default if section in Config.model_fields and key in _keys(section) else ""
+    if isinstance(default, tuple):
+        return [word for word in value.split(",") if word and word != "none"]
+    return None if value == "none" and default is None else value
 
 
 def _keys(section: str) -> dict[str, FieldInfo]:
