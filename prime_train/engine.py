@@ -17,16 +17,19 @@ class Engine(Protocol):
     ) -> None: ...
 
     def refresh(self, version: int) -> None:
-        """Samples from the policy's weights as they are now; version is the number of steps they were trained for."""
+        """Samples from the policy's weights as they are now; version is the number of steps they were trained for.
+        Collective."""
 
     def sample(
-        self, prompts: Sequence[Sequence[int]], *, n: int, temperature: float, max_tokens: int, seed: int,
+        self, prompts: Sequence[Sequence[int]], *, n: int, temperature: float, max_tokens: int, seeds: Sequence[int],
         progress: Callable[[int], None] = lambda tokens: None,
     ) -> list[list[Response]]:  # fmt: skip
-        """n responses to each prompt, of at most max_tokens tokens, from the weights of the last refresh.
+        """n responses to each prompt, of at most max_tokens tokens, from the weights of the last refresh. Collective:
+        all processes ask for the same and get the same.
 
         Args:
             temperature: 0 takes the likeliest token, and then log-probs are those of temperature 1.
+            seeds: of each prompt.
             progress: called every so often with the number of tokens sampled since its last call; what it raises stops
                 the sampling.
         """

@@ -1,13 +1,20 @@
 """Causal language models whose head computes log-probs and losses of response tokens, never logits of a batch."""
 
-import shutil
-from collections.abc import Callable
-from pathlib import Path
+import contextlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, Cache, PreTrainedModel, PreTrainedTokenizerBase, Qwen2Config
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Cache,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Qwen2Config,
+)
 
 from prime_kernels import LogProbHead
 
@@ -15,7 +22,10 @@ from .records import MicroBatch
 
 
 class LanguageModel(nn.Module):
-    """A transformer of `transformers`, with a `LogProbHead` in its head's place."""
+    """A transformer of `transformers`, with a `LogProbHead` in its head's place.
+
+    Weights in fp32 with a compute dtype of 16 bits are for `distributed.shard`, which makes their 16-bit copies.
+    """
 
     def __init__(self, transformer: PreTrainedModel, compute_dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
@@ -23,6 +33,8 @@ class LanguageModel(nn.Module):
         self.compute_dtype = compute_dtype
         transformer.lm_head = LogProbHead.from_linear(transformer.get_output_embeddings())
         self.transformer = transformer
+        self.computes_on: torch.device | None = None
+        """The device of the computation where weights live elsewhere, in host memory."""
         self.softcap: float | None = getattr(transformer.config, "final_logit_softcapping", None)
 
     def forward(
@@ -32,32 +44,31 @@ class LanguageModel(nn.Module):
 
         Padding stands on the right, where causal attention from real tokens does not reach it, so there is no mask.
         """
-        with self._autocast():
-            backbone = self.transformer.get_decoder()
-            out = backbone(input_ids=micro.input_ids, position_ids=micro.position_ids, use_cache=False)
-            hidden = out.last_hidden_state.flatten(0, 1)[micro.at]
-            return op(self.transformer.lm_head, hidden, micro.targets, *args, softcap=self.softcap, **options)
+        backbone = self.transformer.get_decoder()
+        out = backbone(input_ids=micro.input_ids, position_ids=micro.position_ids, use_cache=False)
+        hidden = out.last_hidden_state.flatten(0, 1)[micro.at]
+        return op(self.transformer.lm_head, hidden, micro.targets, *args, softcap=self.softcap, **options)
 
     def next_token_logits(
         self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, cache: Cache
     ) -> Tensor:
         """fp32 logits [rows, V] after the last input token, for the sampler; the cache grows by the input."""
-        with self._autocast():
-            out = self.transformer.get_decoder()(
-                input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=cache,
-                use_cache=True,
-            )  # fmt: skip
-            logits = self.transformer.lm_head(out.last_hidden_state[:, -1]).float()
+        out = self.transformer.get_decoder()(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=cache,
+            use_cache=True,
+        )  # fmt: skip
+        logits = self.transformer.lm_head(out.last_hidden_state[:, -1]).float()
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
-    def _autocast(self) -> torch.autocast:
-        """Computes in 16 bits where the weights are kept in 32."""
-        enabled = self.compute_dtype != next(self.parameters()).dtype
-        return torch.autocast(self.device.type, self.compute_dtype, enabled=enabled)
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The transformer's layers, in order."""
+        return self.transformer.get_decoder().layers
 
     @property
     def device(self) -> torch.device:
-        return self.transformer.device
+        """Of the computation."""
+        return self.computes_on or self.transformer.device
 
     def parameter_count(self) -> int:
         return sum(p.numel() for p in self.parameters())
@@ -73,19 +84,77 @@ def _without_dropout(transformer: PreTrainedModel) -> None:
                 setattr(module, name, 0.0)
 
 
-def load_model(name: str, *, dtype: torch.dtype, device: torch.device, attention: str, trained: bool) -> LanguageModel:
-    """A model from a directory or the hub that computes in dtype.
+def idle(model: LanguageModel, micro: MicroBatch) -> Tensor:
+    """0, by a forward through all of the model, for a micro-batch that is empty while other processes have one."""
+    loss: Tensor = model(micro, LogProbHead.token_loss, lambda logp, _: logp).loss
+    return loss
+
+
+def load_model(
+    name: str, *, dtype: torch.dtype, attention: str, trained: bool, lora: int = 0, empty: bool = False
+) -> LanguageModel:
+    """A model from a directory or the hub that is to compute in dtype.
 
     One to be trained keeps its weights in fp32; any other is in dtype altogether, without gradients.
+
+    Args:
+        lora: rank of adapters (scaled by 2) that are then trained alone, on weights in dtype; 0 for none.
+        empty: without storage, on the meta device; nothing but the configuration is read.
     """
-    kept = torch.float32 if trained else dtype
-    transformer = AutoModelForCausalLM.from_pretrained(name, dtype=kept, attn_implementation=attention)
-    model = LanguageModel(transformer.to(device), dtype)  # type: ignore[arg-type]
+    kept = torch.float32 if trained and not lora else dtype
+    options: dict[str, Any] = {"dtype": kept, "attn_implementation": attention}
+    if empty:
+        with torch.device("meta"):
+            transformer = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name), **options)
+        with contextlib.suppress(OSError):
+            transformer.generation_config = GenerationConfig.from_pretrained(name)
+    else:
+        transformer = AutoModelForCausalLM.from_pretrained(name, **options)
+    model = LanguageModel(transformer, dtype)
     model.requires_grad_(trained)
+    if trained and lora:
+        add_adapters(model, lora)
     return model.train(trained)
 
 
-def tiny_model(shape: str, tokenizer: PreTrainedTokenizerBase, seed: int) -> LanguageModel:
+def add_adapters(model: LanguageModel, rank: int) -> None:
+    """Low-rank adapters on every linear layer of the blocks (LoRA, arXiv 2106.09685), in fp32; all else is frozen.
+
+    y = W·x + 2·B·A·x, with B = 0 at first. The head stays as it is, so its loss takes the frozen path.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    linear = [name for name, module in model.blocks.named_modules() if isinstance(module, nn.Linear)]
+    found = {name.rpartition(".")[2] for name in linear}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # the same adapters at every start: a checkpoint replaces them, and runs can be repeated
+        inject_adapter_in_model(
+            LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=sorted(found)), model.transformer
+        )
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def work_on_blocks(model: LanguageModel, how: Sequence[str]) -> None:
+    """`model.blocks` of the configuration: Liger's kernels, recomputation in backward, compilation, in this order."""
+    if "liger" in how:
+        from liger_kernel.transformers.monkey_patch import _apply_liger_kernel_to_instance
+
+        # Its losses would need logits.
+        _apply_liger_kernel_to_instance(model.transformer, fused_linear_cross_entropy=False, cross_entropy=False)
+    if "checkpoint" in how:
+        enable = getattr(model.transformer, "activation_checkpointing_enable", None)
+        (enable or model.transformer.gradient_checkpointing_enable)({"use_reentrant": False})
+    if "compile" in how:
+        for block in model.blocks:
+            block.compile()
+
+
+def tiny_model(
+    shape: str, tokenizer: PreTrainedTokenizerBase, seed: int, compute_dtype: torch.dtype = torch.float32
+) -> LanguageModel:
     """Random weights of the Qwen2 architecture; shape is "hidden x layers x heads", such as "96x3x4"."""
     hidden, layers, heads = tiny_shape(shape)
     config = Qwen2Config(
@@ -96,7 +165,7 @@ def tiny_model(shape: str, tokenizer: PreTrainedTokenizerBase, seed: int) -> Lan
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return LanguageModel(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
+        return LanguageModel(AutoModelForCausalLM.from_config(config, dtype=torch.float32), compute_dtype)
 
 
 def tiny_shape(shape: str) -> tuple[int, int, int]:
@@ -110,13 +179,3 @@ def tiny_shape(shape: str) -> tuple[int, int, int]:
     if min(hidden, layers, heads) < 1 or hidden % (2 * heads):
         raise ValueError(f"a tiny model's hidden size must be a multiple of twice its heads, got {shape!r}")
     return hidden, layers, heads
-
-
-def save_model(model: LanguageModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
-    """In the format of `transformers`, tokenizer included; what is cut off in the middle leaves no such directory."""
-    partial = directory.with_name(f"{directory.name}.partial")
-    if partial.exists():
-        shutil.rmtree(partial)
-    model.transformer.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    partial.rename(directory)

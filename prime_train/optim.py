@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .distributed import ALONE, World, whole
 from .models import LanguageModel
 
 
@@ -26,19 +27,21 @@ def adamw(model: nn.Module, *, lr: float, weight_decay: float = 0.0) -> torch.op
 
 
 def step(
-    model: LanguageModel, optimizer: torch.optim.Optimizer, losses: Iterable[Tensor], *, grad_clip: float
-) -> StepResult:
-    """Sums the gradients of the micro-batches' losses, clips their norm and applies them, if all is finite.
+    model: LanguageModel, optimizer: torch.optim.Optimizer, losses: Iterable[Tensor], *, grad_clip: float,
+    world: World = ALONE,
+) -> StepResult:  # fmt: skip
+    """Sums the gradients of all processes' micro-batches' losses, clips their norm and applies them, if all is finite.
 
     Each loss is a micro-batch's share of the mini-batch's loss, normalised by counts of the whole mini-batch, so that
-    the step does not depend on how the mini-batch was cut.
+    the step does not depend on how the mini-batch was cut. Collective: every process gives equally many losses.
     """
     optimizer.zero_grad(set_to_none=True)
-    total = torch.zeros((), device=model.device)
+    mine = torch.zeros((), device=model.device)
     for loss in losses:
         loss.backward()
-        total += loss.detach()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
+        mine += loss.detach()
+    total = world.sum(mine.cpu())
+    norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)).cpu()
     applied = bool(torch.isfinite(norm + total))
     if applied:
         optimizer.step()

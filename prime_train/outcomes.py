@@ -6,25 +6,32 @@ from types import TracebackType
 from . import arithmetic
 from .config import Verify
 from .data import ARITHMETIC
+from .distributed import ALONE, World
 from .records import Prompt
 from .verify import Answer, Verdict, VerifierPool
 from .verify.sandbox import SandboxUnavailable
 
 
 class Outcomes:
-    """Scores (prompt, response text) pairs; math, code and custom ones in killable processes, started when needed."""
+    """Scores (prompt, response text) pairs; math, code and custom ones in killable processes, started when needed.
 
-    def __init__(self, config: Verify) -> None:
-        self.config = config
+    Every process of the run scores its share.
+    """
+
+    def __init__(self, config: Verify, world: World = ALONE) -> None:
+        self.config, self.world = config, world
         self._pool: VerifierPool | None = None
 
     def __call__(self, pairs: Sequence[tuple[Prompt, str]]) -> list[Verdict]:
-        """Verdicts in order. An error or a time-out scores 0 and says so in its status.
+        """Verdicts in order. An error or a time-out scores 0 and says so in its status. Collective.
 
         Raises:
             SandboxUnavailable: there are code answers and no sandbox to run them in; scoring them all 0 would train on
                 nothing.
         """
+        return self.world.spread(pairs, self._score)
+
+    def _score(self, pairs: Sequence[tuple[Prompt, str]]) -> list[Verdict]:
         verdicts: list[Verdict | None] = [None] * len(pairs)
         others: list[int] = []
         for i, (prompt, text) in enumerate(pairs):
@@ -51,8 +58,7 @@ class Outcomes:
         if self._pool is None:
             self._pool = VerifierPool(
                 workers=self.config.workers, deadline_s=self.config.deadline, custom=self.config.custom,
-                unsafe=self.config.unsafe, extract=self.config.extract, test_seconds=self.config.test_seconds,
-                test_memory_mb=self.config.test_memory_mb,
+                unsafe=self.config.unsafe, extract=self.config.extract,
             )  # fmt: skip
         return self._pool
 

@@ -64,15 +64,17 @@ def update(
     steps = []
     for _ in range(config.epochs):
         for rows in torch.randperm(len(batch.outcomes), generator=generator).split(config.mini_batch):
-            steps.append(optim.step(policy, optimizer, losses(rows), grad_clip=config.grad_clip))
-    tokens = sum(n for n, _ in stats)
+            steps.append(optim.step(policy, optimizer, losses(rows), grad_clip=config.grad_clip, world=layout.world))
+    sums = torch.tensor([[n, n * found.clip_fraction, n * found.approx_kl] for n, found in stats]).sum(0)
+    tokens, clipped, kl = layout.world.sum(sums).tolist()
+    ratio_max = layout.world.max(torch.stack([found.ratio_max.cpu() for _, found in stats]).max())
     return PolicyUpdate(
         loss=sum(s.loss for s in steps) / len(steps),
         grad_norm=sum(s.grad_norm for s in steps) / len(steps),
         skipped=sum(not s.applied for s in steps),
-        clip_fraction=sum(n * float(found.clip_fraction) for n, found in stats) / tokens,
-        approx_kl=sum(n * float(found.approx_kl) for n, found in stats) / tokens,
-        ratio_max=max(float(found.ratio_max) for _, found in stats),
+        clip_fraction=clipped / tokens,
+        approx_kl=kl / tokens,
+        ratio_max=float(ratio_max),
     )
 
 

@@ -10,7 +10,7 @@ from prime_kernels import LogProbHead, implicit_reward
 
 from . import optim
 from .config import PRM
-from .models import LanguageModel
+from .models import LanguageModel, idle
 from .packing import Layout, micro_batches
 from .records import Batch, ProcessRewards
 from .scoring import token_logp
@@ -59,6 +59,9 @@ def learn(
 
     def losses(rows: Tensor) -> Iterator[Tensor]:
         for micro in micro_batches(batch.sequences, rows, layout, prm.device, units=units):
+            if len(micro.sequences) == 0:
+                yield idle(prm, micro)
+                continue
             out = prm(
                 micro, LogProbHead.prm_loss, reference[micro.tokens].to(prm.device), micro.cu_seqlens,
                 batch.outcomes[micro.sequences], beta=config.beta, kind=config.loss,
@@ -68,7 +71,7 @@ def learn(
             yield out.loss * (len(micro.sequences) / len(rows))
 
     steps = [
-        optim.step(prm, optimizer, losses(rows), grad_clip=config.grad_clip)
+        optim.step(prm, optimizer, losses(rows), grad_clip=config.grad_clip, world=layout.world)
         for rows in torch.arange(len(batch.outcomes)).split(config.mini_batch)
     ]
     update = PRMUpdate(
@@ -76,7 +79,8 @@ def learn(
         grad_norm=sum(s.grad_norm for s in steps) / len(steps),
         skipped=sum(not s.applied for s in steps),
     )
-    return ProcessRewards(token=token, logits=logits), update
+    # Each sequence is learnt from by one process, and 0 on the others.
+    return ProcessRewards(token=layout.world.sum(token), logits=layout.world.sum(logits)), update
 
 
 def placed(config: PRM, rewards: ProcessRewards, batch: Batch) -> tuple[Tensor, Tensor]:

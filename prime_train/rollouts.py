@@ -1,6 +1,7 @@
 """Prompts to verified groups of responses, filtered by their accuracy, until a batch is full."""
 
 import math
+import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -100,7 +101,7 @@ def sample_groups(
     responses = engine.sample(
         [prompt.tokens for prompt in prompts], n=rollout.samples if n is None else n,
         temperature=rollout.temperature if temperature is None else temperature, max_tokens=rollout.max_tokens,
-        seed=seed, progress=sampled,
+        seeds=[random.Random(f"{seed} {i}").getrandbits(48) for i in range(len(prompts))], progress=sampled,
     )  # fmt: skip
     texts = [[text_of(tokenizer, response) for response in found] for found in responses]
     scored = outcomes([(prompt, text) for prompt, found in zip(prompts, texts, strict=True) for text in found])

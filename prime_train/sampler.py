@@ -1,4 +1,9 @@
-"""The embedded rollout engine: batched sampling with a key-value cache, from the trainer's own weights."""
+"""The embedded rollout engine: batched sampling with a key-value cache, from the trainer's own weights.
+
+Each prompt has a seed of its own, and each of its responses numbers u_1, u_2, … in [0, 1) drawn from it; token t is the
+one at which the cumulative probability exceeds u_t. So what is sampled does not depend on which prompts are sampled
+together, nor on which process samples them, but for rounding of the probabilities.
+"""
 
 from collections.abc import Callable, Sequence
 from types import TracebackType
@@ -8,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from .distributed import ALONE, World, gathered
 from .models import LanguageModel
 from .records import Response
 
@@ -20,11 +26,12 @@ class LocalEngine:
     """The `Engine` that samples from a `LanguageModel` on its device.
 
     Memory is bounded: as many responses are sampled together as `cache_bytes` of keys and values, and as many bytes
-    again while a cache grows, have room for. Rows that have ended are dropped from the cache.
+    again while a cache grows, have room for. Rows that have ended are dropped from the cache. Every process samples
+    from its share of the prompts; where the model is sharded, each holds all of its weights meanwhile.
     """
 
-    def __init__(self, model: LanguageModel, *, eos: Sequence[int], cache_bytes: float) -> None:
-        self.model = model
+    def __init__(self, model: LanguageModel, *, eos: Sequence[int], cache_bytes: float, world: World = ALONE) -> None:
+        self.model, self.world = model, world
         self.eos = torch.tensor(sorted(eos), device=model.device)
         self.cache_bytes = cache_bytes
 
@@ -44,17 +51,33 @@ class LocalEngine:
 
     @torch.no_grad()
     def sample(
-        self, prompts: Sequence[Sequence[int]], *, n: int, temperature: float, max_tokens: int, seed: int,
+        self, prompts: Sequence[Sequence[int]], *, n: int, temperature: float, max_tokens: int, seeds: Sequence[int],
         progress: Callable[[int], None] = lambda tokens: None,
     ) -> list[list[Response]]:  # fmt: skip
-        """n responses to each prompt, of at most max_tokens tokens.
+        """n responses to each prompt, of at most max_tokens tokens. Collective.
 
         Args:
             temperature: 0 takes the likeliest token, and then log-probs are those of temperature 1.
-            seed: the same seed, prompts and weights give the same responses on the same device.
+            seeds: of each prompt; the same seeds, prompts and weights give the same responses on the same device.
             progress: called with the number of tokens sampled since its last call.
         """
-        generator = torch.Generator(self.model.device).manual_seed(seed)
+
+        def of_share(share: Sequence[tuple[Sequence[int], int]]) -> list[list[Response]]:
+            return self._sample(share, n, temperature, max_tokens, progress)
+
+        # Compiled blocks would be compiled anew for every length of the cache.
+        with gathered(self.model), torch.compiler.set_stance("force_eager"):
+            return self.world.spread(list(zip(prompts, seeds, strict=True)), of_share)
+
+    def _sample(
+        self, seeded: Sequence[tuple[Sequence[int], int]], n: int, temperature: float, max_tokens: int,
+        progress: Callable[[int], None],
+    ) -> list[list[Response]]:  # fmt: skip
+        prompts = [prompt for prompt, _ in seeded]
+        noise = [
+            torch.rand(n, max_tokens, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+            for _, seed in seeded
+        ]
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         responses: list[list[Response]] = [[] for _ in prompts]
         training = self.model.training
@@ -64,10 +87,13 @@ class LocalEngine:
             while at < len(order):
                 fit = max(1, self._rows_that_fit(len(prompts[order[at]]) + max_tokens))
                 chosen = order[at : at + max(1, fit // n)]
+                first = 0
                 for copies in _split(n, fit):
+                    drawn = torch.cat([noise[i][first : first + copies] for i in chosen])
                     sampled = self._sample_together(
-                        [prompts[i] for i in chosen], copies, temperature, max_tokens, generator, progress
+                        [prompts[i] for i in chosen], copies, temperature, drawn.to(self.model.device), progress
                     )
+                    first += copies
                     for j, i in enumerate(chosen):
                         responses[i] += sampled[j * copies : (j + 1) * copies]
                 at += len(chosen)
@@ -82,9 +108,10 @@ class LocalEngine:
         return int(self.cache_bytes / (width * tokens * self.model.compute_dtype.itemsize))
 
     def _sample_together(
-        self, prompts: list[Sequence[int]], n: int, temperature: float, max_tokens: int, generator: torch.Generator,
-        progress: Callable[[int], None],
-    ) -> list[Response]:  # fmt: skip
+        self, prompts: list[Sequence[int]], n: int, temperature: float, noise: Tensor, progress: Callable[[int], None]
+    ) -> list[Response]:
+        """n responses to each prompt; noise [prompts × n, max_tokens] is uniform in [0, 1)."""
+        max_tokens = noise.shape[1]
         device, width = self.model.device, max(map(len, prompts))
         ragged = min(map(len, prompts)) < width
         padding = torch.tensor([width - len(p) for p in prompts], device=device)
@@ -99,7 +126,7 @@ class LocalEngine:
         logps = torch.zeros(len(ids), max_tokens, device=device)
         ended = torch.zeros(len(ids), dtype=torch.bool, device=device)
         for step in range(max_tokens):
-            chosen, logp = _choose(logits, temperature, generator)
+            chosen, logp = _choose(logits, temperature, noise[ids, step])
             tokens[ids, step], logps[ids, step] = torch.where(ended, -1, chosen), logp
             ended |= torch.isin(chosen, self.eos)
             if step == max_tokens - 1:
@@ -132,16 +159,17 @@ def _split(n: int, most: int) -> list[int]:
     return [min(most, n - done) for done in range(0, n, most)]
 
 
-def _choose(logits: Tensor, temperature: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """A token for each row and its log-prob."""
+def _choose(logits: Tensor, temperature: float, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """A token for each row and its log-prob; noise [rows] is uniform in [0, 1)."""
     if temperature == GREEDY:
         logp = logits.log_softmax(-1)
         chosen = logits.argmax(-1)
     else:
         logp = (logits / temperature).log_softmax(-1)
-        # argmax of p/E with E exponential is distributed as p, and needs no cumulative sums.
-        noise = torch.empty_like(logp).exponential_(generator=generator)
-        chosen = (logp.exp() / noise).argmax(-1)
+        # In fp64: the sums must tell apart tokens far rarer than fp32's steps just below 1.
+        cumulative = logp.double().exp().cumsum(-1)
+        above = torch.searchsorted(cumulative, (noise * cumulative[:, -1])[:, None], right=True)[:, 0]
+        chosen = above.clamp(max=logits.shape[-1] - 1)
     return chosen, logp.gather(-1, chosen[:, None])[:, 0]
 
 

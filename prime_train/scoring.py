@@ -14,7 +14,7 @@ def token_logp(
 ) -> tuple[Tensor, Tensor]:
     """Log-probs [T] of the response tokens, and the distributions' entropies [T], 0 unless asked for.
 
-    Both are fp32, on the host.
+    Both are fp32, on the host; every process scores its share and has the whole. Collective.
     """
     T, S = int(sequences.cu_responses[-1]), len(sequences.cu_responses) - 1
     logp, entropies = torch.zeros(T), torch.zeros(T)
@@ -23,6 +23,8 @@ def token_logp(
         logp[micro.tokens] = out.logp.cpu()
         if entropy:
             entropies[micro.tokens] = out.entropy.cpu()
+    # Each token is scored by one process, and 0 on the others.
+    logp, entropies = layout.world.sum(torch.stack([logp, entropies]))
     return logp, entropies
 
 

@@ -2,8 +2,9 @@
 
 import contextlib
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -13,7 +14,8 @@ from transformers.utils import logging as transformers_logging
 from . import arithmetic, optim
 from .checkpoints import Trained
 from .config import Config
-from .models import LanguageModel, load_model, tiny_model
+from .distributed import ALONE, World, fill, joined, shard
+from .models import LanguageModel, load_model, tiny_model, work_on_blocks
 from .packing import Layout
 
 SFT = "sft"
@@ -37,6 +39,12 @@ class Models:
     layout: Layout
 
     @property
+    def named(self) -> dict[str, LanguageModel]:
+        """Those that there are."""
+        models = {"policy": self.policy, "prm": self.prm, "reference": self.reference}
+        return {name: model for name, model in models.items() if model is not None}
+
+    @property
     def trained(self) -> Trained:
         trained = {"policy": (self.policy, self.policy_optimizer)}
         if self.prm is not None and self.prm_optimizer is not None:
@@ -44,17 +52,13 @@ class Models:
         return trained
 
 
-def load_models(config: Config) -> Models:
-    """Policy, PRM and reference, all from the SFT model unless configured otherwise."""
-    device = device_of(config)
+def load_models(config: Config, world: World = ALONE) -> Models:
+    """Policy, PRM and reference, all from the SFT model unless configured otherwise, sharded over the processes."""
     paths = {name: str(model_path(config, name)) for name in ("policy", "prm", "reference")}
-    dtype, attention = getattr(torch, config.model.dtype), config.model.attention
 
     def load(name: str, *, trained: bool) -> LanguageModel:
-        model = load_model(paths[name], dtype=dtype, device=device, attention=attention, trained=trained)
-        if trained and config.model.checkpointing:
-            model.transformer.gradient_checkpointing_enable({"use_reentrant": False})
-        return model
+        offload = name in config.model.offload
+        return load_sharded(config, paths[name], world, trained=trained, lora=config.model.lora, offload=offload)
 
     with_prm = config.advantage.process_coef > 0
     with_reference = config.policy.kl_coef > 0 or (with_prm and config.prm.reference == "frozen")
@@ -67,14 +71,52 @@ def load_models(config: Config) -> Models:
         prm=prm,
         prm_optimizer=optim.adamw(prm, lr=config.prm.lr) if prm is not None and config.prm.update != "none" else None,
         reference=load("reference", trained=False) if with_reference else None,
-        layout=layout_of(config),
+        layout=layout_of(config, policy, world),
     )
 
 
-def layout_of(config: Config) -> Layout:
-    """Variable-length attention takes sequences packed in one row; the others are faster on padded rows."""
-    packed = config.model.attention == "flash_attention_2"
-    return Layout(budget=config.model.tokens_per_micro_batch, packed=packed)
+def load_sharded(
+    config: Config, path: str, world: World, *, trained: bool, lora: int = 0, offload: bool = False
+) -> LanguageModel:
+    """A model whose file one process reads, and of which each holds its shard.
+
+    Its blocks are worked on before they are sharded, so that recomputing one gathers nothing again.
+    """
+
+    def load(*, empty: bool) -> LanguageModel:
+        model = load_model(
+            path, dtype=getattr(torch, config.model.dtype), attention=attention_of(config), trained=trained, lora=lora,
+            empty=empty,
+        )  # fmt: skip
+        if trained:
+            work_on_blocks(model, config.model.blocks)
+        return model
+
+    if world.mesh is None:
+        return shard(load(empty=False).to(world.device), world)
+    model = shard(load(empty=True), world, offload=offload)
+    weights: list[LanguageModel] = []
+    world.each(lambda: weights.append(load(empty=False)) if world.leads else None)
+    fill(model, weights.pop() if weights else None, world, offload=offload)
+    return model
+
+
+def layout_of(config: Config, model: LanguageModel, world: World) -> Layout:
+    """Variable-length attention takes sequences packed in one row; the others are faster on padded rows.
+
+    In a block of hidden size D a token takes 24·D² FLOP, and 2·D (forward, causal) for each token it attends to.
+    """
+    packed = attention_of(config) == "flash_attention_2"
+    pair_cost = 1 / (12 * model.transformer.config.hidden_size)
+    return Layout(budget=config.model.tokens_per_micro_batch, packed=packed, pair_cost=pair_cost, world=world)
+
+
+def attention_of(config: Config) -> str:
+    """The implementation of attention that `auto` stands for here."""
+    if config.model.attention != "auto":
+        return config.model.attention
+    installed = device_of(config).type == "cuda" and config.model.dtype == "bfloat16" and find_spec("flash_attn")
+    return "flash_attention_2" if installed else "sdpa"
 
 
 def model_path(config: Config, name: str) -> str | Path:
@@ -88,15 +130,25 @@ def sft_directory(config: Config) -> Path:
     return config.run.dir / SFT / "model"
 
 
-def load_base(config: Config) -> tuple[LanguageModel, PreTrainedTokenizerBase]:
+def load_base(config: Config, world: World = ALONE) -> tuple[LanguageModel, PreTrainedTokenizerBase]:
     """What the SFT stage starts from."""
-    base, device = config.sft.base, device_of(config)
+    base = config.sft.base
     if base.startswith(TINY):
         tokenizer = arithmetic.tokenizer()
-        return tiny_model(base.removeprefix(TINY), tokenizer, config.run.seed).to(device), tokenizer
-    dtype, attention = getattr(torch, config.model.dtype), config.model.attention
-    model = load_model(base, dtype=dtype, device=device, attention=attention, trained=True)
-    return model, AutoTokenizer.from_pretrained(base)
+        model = tiny_model(base.removeprefix(TINY), tokenizer, config.run.seed, getattr(torch, config.model.dtype))
+        return shard(model.to(world.device), world), tokenizer
+    return load_sharded(config, base, world, trained=True), AutoTokenizer.from_pretrained(base)
+
+
+@contextlib.contextmanager
+def joined_world(config: Config) -> Iterator[World]:
+    """This process among those of the run. Models are sharded where there are several of them, and where 16-bit copies
+    of weights, or their offloading, are FSDP's to make."""
+    sharded = config.model.dtype != "float32" or bool(config.model.offload)
+    with joined(
+        device_of(config), replicas=config.model.replicas, patience=config.run.patience, sharded=sharded
+    ) as world:
+        yield world
 
 
 def quiet_transformers() -> None:

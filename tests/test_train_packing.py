@@ -1,12 +1,15 @@
 """Groups to packed tensors, packed tensors to micro-batches: nothing lost, nothing twice, nothing off by one."""
 
-from itertools import pairwise
+import random
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from prime_train.distributed import World
+from prime_train.models import idle
 from prime_train.packing import Layout, micro_batches, pack, pack_sequences, step_end_tokens
 from prime_train.records import Group, Prompt, Response
 from prime_train.scoring import token_logp
@@ -68,15 +71,62 @@ def test_the_budget_is_kept_except_by_what_is_alone_over_it(S, layout, seed):
 
 @settings(max_examples=80, deadline=None)
 @given(st.integers(1, 12), layouts, st.integers(0, 10**6))
-def test_two_neighbours_would_not_have_fitted_together(S, layout, seed):
+def test_there_are_no_more_micro_batches_than_filling_one_after_the_other_makes(S, layout, seed):
     sequences = pack_sequences(pairs(S, seed))
-    found = micro_batches(sequences, torch.arange(S), layout, CPU)
-    for one, other in pairwise(found):
-        first = len(sequence(sequences, int(other.sequences[0]))[0])
-        if layout.packed:
-            assert one.input_ids.numel() + first > layout.budget
+    lengths = sorted(sequences.cu_tokens.diff().tolist(), reverse=True)
+    made = [[lengths[0]]]
+    for length in lengths[1:]:
+        if layout.fits([*made[-1], length]):
+            made[-1].append(length)
         else:
-            assert (len(one.sequences) + 1) * max(one.input_ids.shape[1], first) > layout.budget
+            made.append([length])
+    assert len(micro_batches(sequences, torch.arange(S), layout, CPU)) <= len(made)
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.integers(1, 30), layouts, st.integers(2, 5), st.integers(0, 10**6))
+def test_processes_share_the_sequences_in_equally_many_micro_batches(S, layout, size, seed):
+    sequences, rows = pack_sequences(pairs(S, seed)), torch.arange(S)
+    shares = [
+        micro_batches(sequences, rows, replace(layout, world=World(rank=rank, size=size)), CPU) for rank in range(size)
+    ]
+    assert len({len(share) for share in shares}) == 1
+    found = torch.cat([micro.sequences for share in shares for micro in share])
+    assert sorted(found.tolist()) == rows.tolist()
+    alone = micro_batches(sequences, rows, layout, CPU)
+    assert len(shares[0]) == -(-len(alone) // size)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_micro_batches_that_run_at_the_same_time_cost_about_the_same(packed):
+    rng = random.Random(0)
+    lengths = [int(rng.lognormvariate(6, 0.7)) + 1 for _ in range(400)]
+    sequences = pack_sequences(([5], [5] * length) for length in lengths)
+    layout = Layout(budget=16384, packed=packed, pair_cost=1 / (12 * 1536))
+    rounds = zip(
+        *(
+            micro_batches(sequences, torch.arange(400), replace(layout, world=World(rank=rank, size=4)), CPU)
+            for rank in range(4)
+        ),
+        strict=True,
+    )
+    waited = spent = 0.0
+    for together in rounds:
+        costs = [layout.cost(sequences.cu_tokens.diff()[micro.sequences].tolist()) for micro in together]
+        waited += sum(max(costs) - cost for cost in costs)
+        spent += sum(costs)
+    assert waited < 0.1 * spent
+
+
+def test_an_empty_micro_batch_adds_nothing_to_loss_and_gradients():
+    net = model()
+    layout = Layout(budget=10**6, world=World(rank=1, size=2))
+    [empty] = micro_batches(pack_sequences(pairs(1, 0)), torch.arange(1), layout, CPU)
+    assert (len(empty.sequences), len(empty.tokens), empty.input_ids.numel()) == (0, 0, 1)
+    loss = idle(net, empty)
+    loss.backward()
+    assert loss == 0
+    assert all(p.grad is not None and not p.grad.any() for p in net.parameters())
 
 
 @settings(max_examples=50, deadline=None)

@@ -25,9 +25,9 @@ class Engine:
     def __init__(self):
         self.rounds, self.seeds = [], []
 
-    def sample(self, prompts, *, n, temperature, max_tokens, seed, progress):
+    def sample(self, prompts, *, n, temperature, max_tokens, seeds, progress):
         self.rounds.append(len(prompts))
-        self.seeds.append(seed)
+        self.seeds.append(tuple(seeds))
         progress(1)
         made = []
         for prompt in prompts:

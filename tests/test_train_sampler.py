@@ -21,9 +21,13 @@ def prompts(count, seed=0, longest=9):
     return [[rng.randrange(5, len(TOKENIZER)) for _ in range(rng.randint(1, longest))] for _ in range(count)]
 
 
+def seeds(asked, seed):
+    return [seed * 1000 + i for i in range(len(asked))]
+
+
 def sample(net, asked, *, n=1, temperature=1.0, max_tokens=MAX_TOKENS, seed=0, eos=(EOS,), cache_bytes=PLENTY):
     engine = LocalEngine(net, eos=list(eos), cache_bytes=cache_bytes)
-    return engine.sample(asked, n=n, temperature=temperature, max_tokens=max_tokens, seed=seed)
+    return engine.sample(asked, n=n, temperature=temperature, max_tokens=max_tokens, seeds=seeds(asked, seed))
 
 
 def tokens_of(found):
@@ -146,7 +150,7 @@ def test_tokens_are_drawn_with_the_models_probabilities(temperature):
 def test_progress_is_told_often_and_no_more_tokens_than_there_could_be():
     told = []
     engine = LocalEngine(model(), eos=[EOS], cache_bytes=PLENTY)
-    engine.sample(prompts(4), n=2, temperature=1.0, max_tokens=MAX_TOKENS, seed=0, progress=told.append)
+    engine.sample(prompts(4), n=2, temperature=1.0, max_tokens=MAX_TOKENS, seeds=[0, 1, 2, 3], progress=told.append)
     assert len(told) == MAX_TOKENS // CHECK_EVERY
     assert 0 < sum(told) <= 8 * MAX_TOKENS
 
@@ -159,7 +163,7 @@ def test_sampling_leaves_the_model_as_it_was_even_when_stopped():
 
     engine = LocalEngine(net, eos=[], cache_bytes=PLENTY)
     with pytest.raises(KeyboardInterrupt):
-        engine.sample([[6]], n=1, temperature=1.0, max_tokens=MAX_TOKENS, seed=0, progress=stop)
+        engine.sample([[6]], n=1, temperature=1.0, max_tokens=MAX_TOKENS, seeds=[0], progress=stop)
     assert net.training
     sample(net.eval(), [[6]])
     assert not net.training

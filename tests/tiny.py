@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from prime_train import arithmetic
-from prime_train.models import LanguageModel, save_model, tiny_model
+from prime_train.models import LanguageModel, tiny_model
 from prime_train.packing import Layout, pack_sequences
 from prime_train.records import Batch, Sequences
+from prime_train.snapshot import save_model
 
 CPU = torch.device("cpu")
 TOKENIZER = arithmetic.tokenizer()
