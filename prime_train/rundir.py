@@ -1,4 +1,7 @@
-"""A run's directory: its configuration, metrics, samples, checkpoints and plots."""
+"""A run's directory: its configuration, metrics, samples, checkpoints and plots.
+
+Of several processes the one that leads writes, and all read. Checkpoints alone are written by all.
+"""
 
 import json
 import math
@@ -10,13 +13,13 @@ from typing import Any
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from .checkpoints import Checkpoints, Progress, Trained, progress_at
+from .checkpoints import CONFIG, Checkpoints, Progress, Trained, progress_at
 from .config import Config
+from .distributed import ALONE, World
+from .saved import newest, steps
 
 CHECKPOINTS = "checkpoints"
 """Directory of a run's checkpoints."""
-CONFIG = "config.json"
-"""The configuration that a run was started with."""
 
 
 class RunDirectory:
@@ -27,60 +30,99 @@ class RunDirectory:
     The SFT stage has such a directory of its own in `sft/`, and leaves its model in `sft/model/`.
     """
 
-    def __init__(self, config: Config, path: Path) -> None:
-        self.path = path
-        self.path.mkdir(parents=True, exist_ok=True)
-        self.checkpoints = Checkpoints(self.path / CHECKPOINTS, keep=config.run.keep_checkpoints)
-        self.checkpoints.directory.mkdir(exist_ok=True)
-        (self.path / CONFIG).write_text(config.model_dump_json(indent=2))
-        next_step = self.checkpoints.latest_step() + 1
-        self._tensorboard = SummaryWriter(str(self.path / "tensorboard"), purge_step=next_step)
+    def __init__(self, config: Config, path: Path, world: World = ALONE) -> None:
+        """Collective."""
+        self.path, self._world = path, world
+        self._tensorboard: SummaryWriter | None = None
+        self._wandb: Any = None
+        resolved = config.model_dump_json(indent=2)
+        world.first(lambda: self._open(config, resolved))
+        self.checkpoints = Checkpoints(
+            path / CHECKPOINTS, keep=config.run.keep_checkpoints, keep_every=config.run.keep_every, config=resolved,
+            world=world,
+        )  # fmt: skip
+
+    def _open(self, config: Config, resolved: str) -> None:
+        directory = self.path / CHECKPOINTS
+        directory.mkdir(parents=True, exist_ok=True)
+        _replace(self.path / CONFIG, resolved)
+        self._tensorboard = SummaryWriter(
+            str(self.path / "tensorboard"), purge_step=max(steps(directory), default=-1) + 1
+        )
         self._wandb = _start_wandb(config) if config.run.wandb else None
 
     def resume(self, trained: Trained) -> Progress:
-        """Restores the newest checkpoint, if there is one, and forgets what was recorded after it."""
+        """Restores the newest checkpoint, if there is one, and forgets what was recorded after it. Collective.
+
+        Raises:
+            CheckpointRefused: it is damaged, or of other models; nothing was changed.
+        """
         latest = self.checkpoints.latest()
         progress = self.checkpoints.load(latest, trained) if latest else Progress()
-        # What comes before the first step is recorded again too, by a run that starts there.
-        self._forget_after(progress.step or -1)
+        self._world.first(lambda: self._forget_after(progress.step if latest else -1))
         return progress
 
     def finish(self, progress: Progress, trained: Trained) -> None:
-        """Saves what the last checkpoint has not got, and closes the logs."""
-        if progress.step > self.checkpoints.latest_step():
-            self.checkpoints.save(progress, trained)
-        self._tensorboard.close()
+        """Saves what the last checkpoint has not got, waits until it is written, and closes the logs. Collective.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        self.checkpoints.save(progress, trained)
+        self.checkpoints.wait()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish()
 
     def keep_nonfinite(self, step: int, **records: Any) -> str:
-        """Saves what led to a skipped update, and says where."""
+        """Saves what led to a skipped update, of the process that leads, and says where."""
         path = self.path / "nonfinite" / f"step-{step:06}.pt"
-        path.parent.mkdir(exist_ok=True)
-        torch.save({name: None if record is None else asdict(record) for name, record in records.items()}, path)
+        if self._world.leads:
+            path.parent.mkdir(exist_ok=True)
+            torch.save({name: None if record is None else asdict(record) for name, record in records.items()}, path)
         return f"an update was skipped because its loss or gradient was not finite; the batch is in {path}"
 
     def _forget_after(self, step: int) -> None:
         """Drops records of later steps: they were not checkpointed and are about to be made again."""
         for name in ("metrics.jsonl", "samples.jsonl"):
             records = [record for record in read_records(self.path / name) if record["step"] <= step]
-            _replace(self.path / name, "".join(json.dumps(record) + "\n" for record in records))
+            self._put(name, records)
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
         """Adds a step's figures to metrics.jsonl, TensorBoard and, if asked for, W&B."""
-        # JSON has no NaN: what is not finite is null.
-        finite = {name: value if math.isfinite(value) else None for name, value in figures.items()}
-        self._append("metrics.jsonl", {"step": step, **finite})
-        for name, value in figures.items():
-            self._tensorboard.add_scalar(name, value, step)
-        self._tensorboard.flush()
+        if not self._world.leads:
+            return
+        self._append("metrics.jsonl", {"step": step, **_finite(figures)})
+        self._draw(step, figures)
+
+    def add(self, step: int, figures: Mapping[str, float]) -> None:
+        """Logs figures of a step that may have been logged already: then they go into its record."""
+        records = read_records(self.path / "metrics.jsonl") if self._world.leads else []
+        if not records or records[-1]["step"] != step:
+            self.log(step, figures)
+            return
+        records[-1] |= _finite(figures)
+        self._put("metrics.jsonl", records)
+        self._draw(step, figures)
+
+    def _draw(self, step: int, figures: Mapping[str, float]) -> None:
+        """In TensorBoard and W&B."""
+        if self._tensorboard is not None:
+            for name, value in figures.items():
+                self._tensorboard.add_scalar(name, value, step)
+            self._tensorboard.flush()
         if self._wandb is not None:
             self._wandb.log(dict(figures), step=step)
 
     def log_samples(self, step: int, samples: list[dict[str, Any]]) -> None:
         """Adds sample responses with their tokens' rewards to samples.jsonl."""
-        for sample in samples:
+        for sample in samples if self._world.leads else ():
             self._append("samples.jsonl", {"step": step, **sample})
+
+    def _put(self, name: str, records: list[dict[str, Any]]) -> None:
+        """These records instead of those there are, or, where it is cut off, those there are."""
+        _replace(self.path / name, "".join(json.dumps(record) + "\n" for record in records))
 
     def _append(self, name: str, record: Mapping[str, Any]) -> None:
         with (self.path / name).open("a") as lines:
@@ -89,9 +131,9 @@ class RunDirectory:
 
 def completed(config: Config) -> Progress | None:
     """Where a run stands that has nothing left to do; None for any other. No model is loaded to find out."""
-    latest = Checkpoints(config.run.dir / CHECKPOINTS, keep=config.run.keep_checkpoints).latest()
+    latest = newest(config.run.dir / CHECKPOINTS)
     progress = progress_at(latest) if latest else None
-    return progress if progress and progress.step >= config.run.steps else None
+    return progress if progress and progress.evaluated and progress.step >= config.run.steps else None
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
@@ -103,6 +145,11 @@ def read_records(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return records
+
+
+def _finite(figures: Mapping[str, float]) -> dict[str, float | None]:
+    """JSON has no NaN: what is not finite is null."""
+    return {name: value if math.isfinite(value) else None for name, value in figures.items()}
 
 
 def _replace(path: Path, text: str) -> None:
