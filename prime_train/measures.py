@@ -1,9 +1,12 @@
 """Figures of a step, from the records that its stages left: flat dictionaries of numbers, one a stage."""
 
+import contextlib
+import re
 import resource
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -104,10 +107,23 @@ def _mean(values: Tensor) -> float:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Peak of the GPU's allocator since its last reset; on a CPU the process's peak resident memory. GiB."""
+    """Peak since its last reset, GiB: of the GPU's allocator, on a CPU of the process's resident memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
+    with contextlib.suppress(OSError):
+        found = re.search(r"^VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.M)
+        if found:
+            return int(found.group(1)) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Lets the peak begin again at what is held now. Without Linux's way to it a CPU's stays that of the process."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def described(figures: Figures) -> str:
@@ -123,28 +139,55 @@ def short_batch(collected: Collected, wanted: int) -> str:
 
 
 class Clock:
-    """Seconds by stage, the device's queued work included."""
+    """Seconds and peak memory by stage, the device's queued work included. Stages come one after the other.
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    What a stage raises is told with its name and `where`.
+    """
+
+    def __init__(self, device: torch.device, where: str = "") -> None:
+        self.device, self.where = device, where
         self.seconds: dict[str, float] = {}
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
+        self.peaks: dict[str, float] = {}
+        """GiB."""
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
+        reset_peak_memory(self.device)
         began = time.perf_counter()
-        yield
+        try:
+            yield
+        except Exception as error:
+            error.add_note(f"in stage {stage!r} of {self.where}")
+            raise
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - began
+        self.peaks[stage] = max(self.peaks.get(stage, 0.0), peak_memory_gib(self.device))
 
-    def figures(self, tokens: int) -> Figures:
-        """Seconds by stage; trained prompt and response tokens a second of rollout and training; peak memory."""
+    def figures(self, tokens: int, flops: Mapping[str, float] | None = None, peak: float | None = None) -> Figures:
+        """Time, throughput and memory of the step.
+
+        time/STAGE, time/step         seconds
+        throughput/tokens_per_s       trained prompt and response tokens a second, evaluation left out
+        throughput/mfu_STAGE, mfu     model FLOPs over seconds and `peak`: of a stage, of all these stages together
+        memory/STAGE_gib, peak_gib    the most that was held: by the GPU's tensors; on a CPU by the process, with freed
+                                      memory that glibc was told to keep
+
+        Args:
+            tokens: of the batch, all processes together.
+            flops: model FLOPs by stage, all processes together: `flops.stage_flops`.
+            peak: FLOP/s that all devices together could reach: `hardware.peak_flops` times their number.
+        """
         training = sum(seconds for stage, seconds in self.seconds.items() if stage != "eval")
-        return {
+        figures = {
             **{f"time/{stage}": seconds for stage, seconds in self.seconds.items()},
             "time/step": sum(self.seconds.values()),
             "throughput/tokens_per_s": tokens / training if training else 0.0,
-            "memory/peak_gib": peak_memory_gib(self.device),
+            **{f"memory/{stage}_gib": peak for stage, peak in self.peaks.items()},
+            "memory/peak_gib": max(self.peaks.values(), default=0.0),
         }
+        timed = {stage: n for stage, n in (flops or {}).items() if self.seconds.get(stage)}
+        if timed and peak:
+            figures |= {f"throughput/mfu_{stage}": n / self.seconds[stage] / peak for stage, n in timed.items()}
+            figures["throughput/mfu"] = sum(timed.values()) / sum(self.seconds[stage] for stage in timed) / peak
+        return figures

@@ -1,0 +1,287 @@
+"""Bytes of one process by stage: what is resident throughout, and what the worst moment of each stage adds.
+
+A model that is trained has fp32 weights (4 bytes a parameter), two moments of AdamW (8) and, while it steps, gradients
+(4); with adapters only these have them, and the base is kept in the compute dtype, as frozen models are. All of this is
+sharded over `processes / replicas`. Where models are sharded (FSDP2: more processes than one, 16-bit computation or
+offloading) a unit's weights are gathered in the compute dtype while it runs: at most two blocks, of which one is
+prefetched, beside a head that is tied to the embedding. Its gradients are in the compute dtype until they are complete,
+then in fp32 while they are reduced.
+
+The moments of a training micro-batch:
+
+    head      all that blocks saved, and the head's workspace
+    reduce    all that blocks saved, and the head's gradient on its way (a head that is not tied)
+    block     the largest moment of the last block's backward, and its gradients on their way
+    embedding the embedding's dense gradient on its way, nothing of blocks any more
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from transformers import PretrainedConfig
+
+from ..config import Config
+from ..sizes import Sizes, sizes_of
+from .activations import Activations, count_activations
+from .head import logprob_bytes, loss_bytes
+from .records import GIB, Cluster, Item, Role, Stage
+
+ROLES: dict[Role, str] = {"policy": "policy", "prm": "PRM", "reference": "reference"}
+LOGITS = 5
+"""fp32 tensors [rows, V] that the embedded sampler has at once while it chooses a token."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Member:
+    """A model of the run."""
+
+    role: Role
+    sizes: Sizes
+    activations: Activations
+    trained: bool
+    offloaded: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Crew:
+    """All models of a run."""
+
+    policy: Member
+    prm: Member | None
+    reference: Member | None
+
+    @property
+    def all(self) -> tuple[Member, ...]:
+        return tuple(m for m in (self.policy, self.prm, self.reference) if m is not None)
+
+
+def crew_of(config: Config, architectures: Mapping[Role, PretrainedConfig]) -> Crew:
+    """The models that this configuration has, with what their micro-batches hold.
+
+    Raises:
+        Unplannable: a model's activations cannot be counted.
+    """
+
+    def member(role: Role, *, trained: bool) -> Member:
+        architecture = architectures[role]
+        activations = count_activations(
+            architecture, dtype=dtype_of(config), attention=config.model.attention, width=longest(config),
+            checkpoint=trained and "checkpoint" in config.model.blocks, lora=config.model.lora if trained else 0,
+        )  # fmt: skip
+        return Member(
+            role=role, sizes=sizes_of(architecture), activations=activations, trained=trained,
+            offloaded=role in config.model.offload,
+        )  # fmt: skip
+
+    roles = roles_of(config)
+    return Crew(
+        policy=member("policy", trained=True),
+        prm=member("prm", trained=config.prm.update != "none") if "prm" in roles else None,
+        reference=member("reference", trained=False) if "reference" in roles else None,
+    )
+
+
+def roles_of(config: Config) -> tuple[Role, ...]:
+    """Which models a run has."""
+    with_prm = config.advantage.process_coef > 0
+    with_reference = config.policy.kl_coef > 0 or (with_prm and config.prm.reference == "frozen")
+    return ("policy", *(("prm",) if with_prm else ()), *(("reference",) if with_reference else ()))
+
+
+def dtype_of(config: Config) -> torch.dtype:
+    """Of the computation."""
+    return getattr(torch, config.model.dtype)
+
+
+def longest(config: Config) -> int:
+    """Tokens of the longest sequence."""
+    return config.data.max_prompt_tokens + config.rollout.max_tokens
+
+
+def is_sharded(config: Config, processes: int) -> bool:
+    """Whether weights are gathered for use; else they are used where they are."""
+    return processes > 1 or config.model.dtype == "bfloat16" or bool(config.model.offload)
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """Bytes of a model between micro-batches."""
+
+    weights: int
+    optimizer: int
+    gradients: int
+    """While it steps."""
+
+
+def state_of(member: Member, config: Config, shards: int) -> State:
+    """One process's share of a model."""
+    sizes, itemsize, rank = member.sizes, dtype_of(config).itemsize, config.model.lora
+    if not member.trained:
+        return State(itemsize * sizes.parameters // shards, 0, 0)
+    if rank:
+        adapters = rank * sizes.linear_ends
+        return State(
+            (itemsize * sizes.parameters + 4 * adapters) // shards, 8 * adapters // shards, 4 * adapters // shards
+        )
+    return State(4 * sizes.parameters // shards, 8 * sizes.parameters // shards, 4 * sizes.parameters // shards)
+
+
+def stages_of(config: Config, crew: Crew, cluster: Cluster, *, tokens: int) -> tuple[Stage, ...]:
+    """Each stage at its worst moment, with micro-batches of `tokens` tokens, all of them response tokens."""
+    work = _Work(config, crew, cluster, tokens)
+    stages = [Stage("rollout", work.sampling()), Stage("score", work.worst(*work.scoring(crew.policy)))]
+    if crew.reference is not None:
+        stages[-1] = max(
+            stages[-1], Stage("score", work.worst(*work.scoring(crew.reference))), key=lambda stage: stage.nbytes
+        )
+    if crew.prm is not None:
+        stages.append(Stage("prm", work.worst(*work.training(crew.prm))))
+    stages.append(Stage("policy", work.worst(*work.training(crew.policy))))
+    return tuple(stages)
+
+
+def host_bytes(config: Config, crew: Crew, cluster: Cluster) -> int:
+    """Of offloaded models, all processes of a node together."""
+    shards = max(1, cluster.processes // config.model.replicas)
+    states = [state_of(member, config, shards) for member in crew.all if member.offloaded]
+    one = sum(state.weights + state.optimizer + state.gradients for state in states)
+    return one * min(cluster.per_node, cluster.processes)
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """The moments of stages."""
+
+    config: Config
+    crew: Crew
+    cluster: Cluster
+    tokens: int
+
+    @property
+    def itemsize(self) -> int:
+        return dtype_of(self.config).itemsize
+
+    @property
+    def sharded(self) -> bool:
+        return is_sharded(self.config, self.cluster.processes)
+
+    @property
+    def shards(self) -> int:
+        return max(1, self.cluster.processes // self.config.model.replicas)
+
+    def resident(self, stepping: Member | None = None) -> list[Item]:
+        """What is there in every stage, and the gradients of the model that steps."""
+        items = []
+        for member in self.crew.all:
+            if member.offloaded:
+                continue
+            state, name = state_of(member, self.config, self.shards), ROLES[member.role]
+            items += [Item(f"{name}: weights", state.weights), Item(f"{name}: optimizer", state.optimizer)]
+            if member is stepping:
+                items.append(Item("gradients", state.gradients))
+        return items
+
+    def worst(self, *moments: list[Item]) -> tuple[Item, ...]:
+        """The moment that holds most, without what is nothing in it."""
+        worst = max(moments, key=lambda items: sum(item.nbytes for item in items))
+        return tuple(item for item in worst if item.nbytes)
+
+    def gathered(self, parameters: int) -> Item:
+        return Item("gathered weights", self.itemsize * parameters if self.sharded else 0)
+
+    def scoring(self, member: Member) -> list[list[Item]]:
+        """Moments of a forward without gradients."""
+        sizes, found = member.sizes, member.activations
+        head = logprob_bytes(
+            self.tokens, sizes.hidden, sizes.vocabulary, dtype=dtype_of(self.config), cuda=self.cluster.cuda
+        )
+        kept = sizes.head if sizes.tied else 0
+        return [
+            [
+                *self.resident(), self.gathered(2 * sizes.block + kept),
+                Item("activations", found.scoring_peak(self.tokens)),
+            ],
+            [
+                *self.resident(), self.gathered(sizes.head), Item("activations", found.scored(self.tokens)),
+                Item("head workspace", head),
+            ],
+        ]  # fmt: skip
+
+    def training(self, member: Member) -> list[list[Item]]:
+        """Moments of a micro-batch's forward and backward, from the second one of a step on."""
+        if not member.trained:
+            return self.scoring(member)
+        sizes, found, t = member.sizes, member.activations, self.tokens
+        resident, full = self.resident(stepping=member), not self.config.model.lora
+        head = loss_bytes(
+            t, sizes.hidden, sizes.vocabulary, dtype=dtype_of(self.config), cuda=self.cluster.cuda, trained=full,
+            together=member.role == "prm" and self.config.prm.loss == "dpo",
+        )  # fmt: skip
+        kept = sizes.head if sizes.tied else 0
+        stepped = sizes.block if full else self.config.model.lora * sizes.linear_ends // sizes.layers
+        moments = [
+            [
+                *resident, self.gathered(sizes.head), Item("activations", found.held(t)), Item("head workspace", head),
+            ],
+            [
+                *resident, self.gathered(2 * sizes.block + kept), self._reduced(stepped),
+                Item("activations", found.backward_peak(t)),
+            ],
+        ]  # fmt: skip
+        if full and self.sharded:
+            stored = self.itemsize * t * sizes.hidden
+            if not sizes.tied:
+                moments.append([
+                    *resident, self.gathered(sizes.head + sizes.block), self._reduced(sizes.head),
+                    Item("activations", found.held(t) + stored),
+                ])  # fmt: skip
+            moments.append([
+                *resident, self.gathered(kept), self._reduced(sizes.embedding),
+                Item("activations", stored + self.itemsize * kept),
+            ])  # fmt: skip
+        return moments
+
+    def _reduced(self, parameters: int) -> Item:
+        """A unit's gradients, complete in the compute dtype, and in fp32 for the reduction."""
+        return Item("gradients on their way", (self.itemsize + 4) * parameters if self.sharded else 0)
+
+    def sampling(self) -> tuple[Item, ...]:
+        """The embedded engine's worst moment, or a server's share of the GPU where it takes turns with the trainer."""
+        resident = self.resident()
+        if self.config.rollout.engine == "vllm":
+            server = round(server_share(self.config) * self.cluster.memory) if self.config.vllm.sleeps else 0
+            return self.worst([*resident, Item("vLLM server", server)])
+        sizes, cache = self.crew.policy.sizes, cache_of(self.config, self.crew, self.cluster)
+        prefilled = cache.rows * self.config.data.max_prompt_tokens
+        return self.worst([
+            *resident, Item("copy of the policy", self.itemsize * sizes.parameters if self.sharded else 0),
+            # It grows by a copy.
+            Item("key-value cache", 2 * cache.nbytes),
+            Item("sampled logits", LOGITS * 4 * cache.rows * sizes.vocabulary),
+            Item("activations", self.crew.policy.activations.scoring_peak(prefilled)),
+        ])  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Cache:
+    """The embedded engine's key-value cache when it is fullest."""
+
+    rows: int
+    """Responses that are sampled together."""
+    nbytes: int
+
+
+def cache_of(config: Config, crew: Crew, cluster: Cluster) -> Cache:
+    """As many rows as `rollout.cache_gib` has room for, at most the process's share of a round of prompts."""
+    row = crew.policy.sizes.cache * dtype_of(config).itemsize * longest(config)
+    wanted = -(-config.rollout.prompts * config.rollout.samples // cluster.processes)
+    rows = max(1, min(int(config.rollout.cache_gib * GIB / row), wanted))
+    return Cache(rows, rows * row)
+
+
+def server_share(config: Config) -> float:
+    """`--gpu-memory-utilization` of the server's options; vLLM's default is 0.9."""
+    words = config.vllm.servers.replace("=", " ").split()
+    name = "--gpu-memory-utilization"
+    return float(words[words.index(name) + 1]) if name in words[:-1] else 0.9
