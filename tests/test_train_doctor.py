@@ -1,11 +1,13 @@
 """What the doctor says, one line each, and what makes an installation unusable."""
 
+import json
 import sys
 
 import pytest
 
 from prime_train import cli, doctor
 from prime_train.config import Config
+from prime_train.vllm.libnccl import Library
 
 from .fake_vllm import fake_vllm, serving
 
@@ -21,8 +23,8 @@ def findings(**sections):
     return {finding.name: finding for finding in doctor.examine(Config.model_validate(sections))}
 
 
-def vllm(servers):
-    return findings(rollout={"engine": "vllm"}, vllm={"servers": servers})["vLLM"]
+def vllm(servers, transport="file"):
+    return findings(rollout={"engine": "vllm"}, vllm={"servers": servers, "transport": transport})["vLLM"]
 
 
 def test_one_line_each_and_the_exit_code_says_usable(capsys):
@@ -90,6 +92,50 @@ def test_a_server_that_cannot_be_used_is_said_so_with_its_url_and_why(path, stat
     assert said in found.text
 
 
+@pytest.mark.parametrize(
+    ("transport", "backend", "allowed", "said"),
+    [
+        ("nccl", None, True, """by files alone; start it with --weight-transfer-config '{"backend": "nccl"}'"""),
+        ("ipc", "nccl", True, """by nccl; start it with --weight-transfer-config '{"backend": "ipc"}'"""),
+        ("ipc", "ipc", False, "start it with VLLM_ALLOW_INSECURE_SERIALIZATION=1"),
+        ("ipc", "ipc", True, "0.32.0"),
+        ("nccl", "nccl", False, "0.32.0"),
+    ],
+)
+def test_a_server_must_have_been_started_with_the_transport(transport, backend, allowed, said):
+    config = {"weight_transfer_config": backend and {"backend": backend}}
+    info = {"version": "0.32.0", "vllm_config": config, "vllm_env": {"VLLM_ALLOW_INSECURE_SERIALIZATION": allowed}}
+    with serving(lambda *asked: (200, json.dumps(info).encode())) as url:
+        found = vllm(url, transport)
+    assert found.verdict == ("ok" if said == "0.32.0" else "broken")
+    assert found.text.startswith(f"{url}: ")
+    assert found.text.endswith(said) or said in found.text
+
+
+@pytest.mark.parametrize(
+    ("transport", "servers", "cuda", "said"),
+    [
+        ("file", "http://127.0.0.1:9", False, None),
+        ("nccl", "http://127.0.0.1:9", False, "nccl needs the policy on a CUDA GPU; use file"),
+        ("nccl", "http://gpu2:9", True, "nccl needs the libnccl that PyTorch for CUDA comes with: libnowhere"),
+        ("nccl", "python --enable-sleep-mode", True, "this server shares the trainer's; use ipc or file"),
+        ("ipc", "http://gpu2:9", True, "ipc reaches servers on the trainer's own GPU, and vllm.servers are elsewhere"),
+        ("ipc", "python --enable-sleep-mode", True, None),
+    ],
+)
+def test_a_transport_that_cannot_be_is_unusable(monkeypatch, transport, servers, cuda, said):
+    monkeypatch.setattr(Library.__init__, "__defaults__", ("libnowhere.so",))
+    config = Config.model_validate(
+        {
+            "run": {"device": "cuda" if cuda else "cpu"}, "rollout": {"engine": "vllm"},
+            "vllm": {"servers": servers, "transport": transport},
+        }
+    )  # fmt: skip
+    [found] = doctor._transport(config)
+    assert found.verdict == ("broken" if said else "ok")
+    assert (said or f"weights reach the servers by {transport}") in found.text
+
+
 def test_a_python_without_vllm_is_unusable():
     assert vllm(sys.executable).text == f"{sys.executable}: ValueError: vLLM is not installed there"
     assert vllm("/nowhere/python").verdict == "broken"
@@ -102,5 +148,8 @@ def test_too_little_shared_memory_is_unusable_for_vllm_alone(monkeypatch, tmp_pa
     assert findings(**sections)["shared memory"].verdict == "broken"
     monkeypatch.setattr(doctor, "SHARED_MEMORY", tmp_path / "nowhere")
     assert findings(**sections)["shared memory"].verdict == "broken"
+    sections["vllm"]["transport"] = "nccl"
+    assert findings(**sections)["shared memory"].verdict == "note"
+    sections["vllm"]["transport"] = "file"
     sections["vllm"]["servers"] = "http://another.machine:8000"
     assert findings(**sections)["shared memory"].verdict == "note"

@@ -8,8 +8,6 @@ import urllib.request
 from contextlib import contextmanager
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from prime_train.interrupt import Interrupted
 from prime_train.vllm.engine import CONCURRENCY, VLLMEngine
@@ -40,7 +38,9 @@ def behind_proxy(tmp_path):
 
 
 def sample(engine, prompts=PROMPTS, n=2, progress=lambda tokens: None):
-    return engine.sample(prompts, n=n, temperature=1.0, max_tokens=8, seed=0, progress=progress)
+    return engine.sample(
+        prompts, n=n, temperature=1.0, max_tokens=8, seeds=list(range(len(prompts))), progress=progress
+    )
 
 
 def tokens_of(found):
@@ -256,22 +256,3 @@ def test_an_unknown_log_prob_is_nan(behind_proxy):
     [[response, _], *_] = sample(engine)
     assert math.isnan(response.logp[0])
     assert response.logp[1] == -0.5
-
-
-# -- snapshots --
-
-
-def test_a_snapshot_is_the_policys_weights_in_the_precision_of_its_computation(tmp_path):
-    net = model()
-    net.compute_dtype = torch.bfloat16
-    transport = FileTransport(tmp_path)
-    transport.publish(net)
-    found = load_file(transport.snapshot / "model.safetensors")
-    want = net.transformer.state_dict()
-    assert set(found) == set(want)
-    for name, tensor in found.items():
-        assert torch.equal(tensor, want[name].bfloat16()), name
-    transport.publish(net)
-    assert [path.name for path in transport.snapshot.parent.iterdir()] == [transport.snapshot.name]
-    transport.close()
-    assert list(tmp_path.iterdir()) == []

@@ -41,7 +41,7 @@ def engine_on(tmp_path, *command, sleeps=False):
 
 
 def sample(engine, progress=lambda tokens: None):
-    found = engine.sample([[7, 8], [9]], n=1, temperature=1.0, max_tokens=8, seed=0, progress=progress)
+    found = engine.sample([[7, 8], [9]], n=1, temperature=1.0, max_tokens=8, seeds=[0, 1], progress=progress)
     return [group[0].tokens for group in found]
 
 
@@ -264,3 +264,16 @@ def test_ctrl_c_in_a_run_ends_its_own_server_and_leaves_a_log_and_no_weights(tmp
     assert gone_soon(tree)
     assert (tmp_path / "run" / "vllm" / "server.log").exists()
     assert not list(SHARED_MEMORY.glob(f"prime-weights-{trainer.pid}-*"))
+
+
+def test_a_server_does_not_hear_what_torchrun_tells_the_trainer(tmp_path, monkeypatch):
+    told = (
+        "RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "ROLE_WORLD_SIZE",
+        "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RUN_ID",
+    )  # fmt: skip
+    for name in told:
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("FRANK", "1")
+    environment = ServerProcess(["true"], log=tmp_path / "log", deadline=1.0).environment
+    assert not environment.keys() & set(told)
+    assert environment["FRANK"] == "1"

@@ -1,11 +1,13 @@
 """Rollouts from a real vLLM on the CPU; `make vllm-cpu` builds what it needs."""
 
+import json
 import os
 import random
 import signal
 import time
 from pathlib import Path
 
+import httpx2
 import pytest
 import torch
 
@@ -15,13 +17,18 @@ from prime_train.packing import pack_sequences
 from prime_train.rundir import read_records
 from prime_train.sampler import GREEDY, LocalEngine
 from prime_train.scoring import token_logp
+from prime_train.vllm import ipc, nccl
 from prime_train.vllm.engine import VLLMEngine
 from prime_train.vllm.errors import ServerError
 from prime_train.vllm.guard import descendants
+from prime_train.vllm.ipc import ALLOW_PICKLES, IpcTransport
+from prime_train.vllm.nccl import NcclTransport
+from prime_train.vllm.probe import served_version
 from prime_train.vllm.server import ServerProcess, command_line
 from prime_train.vllm.transport import FileTransport
 
 from .fake_vllm import GENERATE, faulty_proxy
+from .standin import file_buffers, standin_nccl, vllm_environment
 from .tiny import EOS, TOKENIZER, WIDE, model, saved_model
 
 PYTHON = Path(__file__).parents[1] / ".venv-vllm" / "bin" / "python"
@@ -37,11 +44,21 @@ TOLERANCE = 1e-3
 READY_S = 240.0
 
 
-def process(directory):
+def process(directory, *options, **environment):
     start = saved_model(directory / "model", 1, SHAPE)
-    command = command_line(str(PYTHON), start, dtype="float32", max_model_len=256, options=["--enforce-eager"])
-    environment = {"VLLM_CPU_KVCACHE_SPACE": "1"}
+    command = command_line(
+        str(PYTHON), start, dtype="float32", max_model_len=256, options=["--enforce-eager", *options]
+    )  # fmt: skip
+    environment = {"VLLM_CPU_KVCACHE_SPACE": "1"} | environment
     return ServerProcess(command, log=directory / "server.log", deadline=READY_S, environment=environment)
+
+
+def transferring(directory, backend, library, *options, **environment):
+    """A server whose weight transfer runs on a CPU; see tests/standin."""
+    plugin = directory / "plugin"
+    plugin.mkdir()
+    environment |= vllm_environment(plugin, library)
+    return process(directory, "--weight-transfer-config", json.dumps({"backend": backend}), *options, **environment)
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +70,8 @@ def url(tmp_path_factory):
     server.stop()
 
 
-def engine_on(net, *urls, eos=(EOS,), deadline=60.0):
-    return VLLMEngine(net, FileTransport(Path("/dev/shm")), eos=eos, deadline=deadline, urls=urls)
+def engine_on(net, *urls, eos=(EOS,), deadline=60.0, sleeps=False):
+    return VLLMEngine(net, FileTransport(Path("/dev/shm")), eos=eos, deadline=deadline, urls=urls, sleeps=sleeps)
 
 
 def prompts(count, seed=0, longest=9):
@@ -63,7 +80,14 @@ def prompts(count, seed=0, longest=9):
 
 
 def sample(engine, asked, *, n=1, temperature=1.0, max_tokens=MAX_TOKENS, seed=0, progress=lambda tokens: None):
-    return engine.sample(asked, n=n, temperature=temperature, max_tokens=max_tokens, seed=seed, progress=progress)
+    return engine.sample(
+        asked,
+        n=n,
+        temperature=temperature,
+        max_tokens=max_tokens,
+        seeds=[seed * 1000 + i for i in range(len(asked))],
+        progress=progress,
+    )
 
 
 def gap(net, asked, found, temperature=1.0):
@@ -153,7 +177,115 @@ def test_two_urls_share_the_load(url):
         assert len(faults.happened) == 5
 
 
+def test_two_servers_share_the_load_and_one_serves_on_when_the_other_is_killed(url, tmp_path):
+    net, asked = moved(model(6, SHAPE), seed=3), prompts(48)
+    other = process(tmp_path)
+    other.start()
+    try:
+        with engine_on(net, url, other.url) as engine:
+            engine.refresh(4)
+            versions = [httpx2.get(f"{at}/weight_info").json()["weight_version"] for at in (url, other.url)]
+            assert versions[0] == versions[1] == engine._version
+            before = [requests_finished(at) for at in (url, other.url)]
+            assert gap(net, asked, sample(engine, asked)) < TOLERANCE
+            done = [requests_finished(at) - was for at, was in zip((url, other.url), before, strict=True)]
+            assert sum(done) == 48
+            assert min(done) > 12
+
+            killed = []
+
+            def kill(tokens):
+                if not killed:
+                    killed.extend(pid for pid in descendants(other._guard.pid) if is_api_server(pid))
+                    os.kill(killed[0], signal.SIGKILL)
+
+            found = sample(engine, asked, n=2, progress=kill)
+            assert killed
+            assert gap(net, asked, found) < TOLERANCE
+            assert requests_finished(url) > before[0] + done[0]
+    finally:
+        other.stop()
+
+
+def requests_finished(url):
+    lines = httpx2.get(f"{url}/metrics").text.splitlines()
+    return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith("vllm:request_success_total{"))
+
+
+def test_a_server_that_slept_serves_the_next_weights(url):
+    """On a CPU vLLM's routes, its scheduler and its requests' fate are real; memory is not freed, and weights stay."""
+    net, asked = model(6, SHAPE), prompts(8)
+    with engine_on(net, url, sleeps=True) as engine:
+        for step in range(2):
+            engine.refresh(step)
+            assert httpx2.get(f"{url}/is_sleeping").json() == {"is_sleeping": False}
+            assert gap(net, asked, sample(engine, asked)) < TOLERANCE
+            engine.rest()
+            assert httpx2.get(f"{url}/is_sleeping").json() == {"is_sleeping": True}
+            with pytest.raises(ServerError, match="must be refreshed"):
+                sample(engine, asked)
+            moved(net)
+        engine.refresh(2)
+        assert gap(net, asked, sample(engine, asked)) < TOLERANCE
+
+
+# -- vLLM's own weight transfer, with stand-ins for what only a GPU has: see tests/standin --
+
+
+def test_weights_broadcast_to_two_workers_are_what_vllm_loads(tmp_path, monkeypatch):
+    """Real: routes, joining by the unique id, ranks of tensor parallel workers, cutting into broadcasts, loading."""
+    monkeypatch.setattr(nccl, "PACKED_BYTES", 20_000)
+    net, asked = model(5, SHAPE), prompts(8)
+    with standin_nccl() as (library, folder):
+        # Threads that are bound to cores would leave the second worker none.
+        server = transferring(
+            tmp_path, "nccl", library, "--tensor-parallel-size", "2", VLLM_CPU_OMP_THREADS_BIND="nobind"
+        )  # fmt: skip
+        transport = NcclTransport(torch.device("cpu"), keep=True, library=library)
+        with VLLMEngine(net, transport, eos=(EOS,), deadline=READY_S, process=server) as engine:
+            assert served_version(server.url, "nccl") == "0.32.0"
+            for step in range(2):
+                engine.refresh(step)
+                assert gap(net, asked, sample(engine, asked)) < TOLERANCE
+                moved(net)
+            assert gap(net, asked, sample(engine, asked)) > 100 * TOLERANCE
+            [group] = [path for path in folder.iterdir() if path.is_dir()]
+            assert len(list(group.glob("here-*"))) == 3
+            assert len(list(group.glob("broadcast-*"))) > 4
+
+
+def test_weights_in_a_shared_buffer_are_what_vllm_loads(tmp_path, monkeypatch):
+    """Real: routes, the pickled handles and their permission, cutting into pieces, copying out of them, loading."""
+    monkeypatch.setattr(ipc, "BUFFER_BYTES", 50_000)
+    file_buffers(monkeypatch, tmp_path)
+    net, asked = model(5, SHAPE), prompts(8)
+    server = transferring(tmp_path, "ipc", "", **ALLOW_PICKLES)
+    transport = IpcTransport(torch.device("cpu"), keep=True)
+    with VLLMEngine(net, transport, eos=(EOS,), deadline=READY_S, process=server, sleeps=True) as engine:
+        assert served_version(server.url, "ipc") == "0.32.0"
+        for step in range(2):
+            engine.refresh(step)
+            assert gap(net, asked, sample(engine, asked)) < TOLERANCE
+            engine.rest()
+            moved(net)
+        engine.refresh(2)
+        assert gap(net, asked, sample(engine, asked)) < TOLERANCE
+
+
 # -- what goes wrong --
+
+
+def test_what_a_server_was_not_started_for_is_told_by_itself(url):
+    assert served_version(url, "file") == "0.32.0"
+    with pytest.raises(ValueError, match="weights are transferred by files alone; start it with --weight-transfer"):
+        served_version(url, "nccl")
+    # What the server says of a route that it was not started for reaches whoever runs the trainer.
+    transport = IpcTransport(torch.device("cpu"), keep=False)
+    with (
+        VLLMEngine(model(6, SHAPE), transport, eos=(EOS,), deadline=60.0, urls=[url]) as engine,
+        pytest.raises(ServerError, match=f"{url}/init_weight_transfer_engine: 500: .*Weight transfer not configured"),
+    ):
+        engine.refresh(0)
 
 
 @pytest.mark.parametrize("fault", ["hang", "500", "cut", "truncated"])

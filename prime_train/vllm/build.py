@@ -1,29 +1,53 @@
 """From a configuration to the engine."""
 
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..config import Config
+from ..distributed import World
+from ..engine import Engine
 from ..models import LanguageModel
 from ..setup import device_of, model_path
 from .engine import VLLMEngine
+from .ipc import ALLOW_PICKLES, IpcTransport
+from .leading import LeadingEngine
+from .nccl import NcclTransport
 from .server import ServerProcess, command_line
-from .transport import FileTransport
+from .transport import FileTransport, Transport
 
 SHARED_MEMORY = Path("/dev/shm")
 OWN = "vllm"
 """Directory in the run's directory."""
 
 
-def vllm_engine(config: Config, policy: LanguageModel, eos: Sequence[int]) -> VLLMEngine:
+def vllm_engine(config: Config, policy: LanguageModel, eos: Sequence[int], world: World) -> Engine:
+    """The engine of this process among those of the run."""
+    if world.size == 1:
+        return engine_of_servers(config, policy, eos, config.run.patience)
+    # The others wait for the process that waits for servers, which has to give up before they do.
+    return LeadingEngine(lambda: engine_of_servers(config, policy, eos, config.run.patience / 4), policy, world)
+
+
+def engine_of_servers(config: Config, policy: LanguageModel, eos: Sequence[int], deadline: float) -> VLLMEngine:
     """Over the servers of `vllm.servers`, or over one that will be started by what stands there instead."""
     section = config.vllm
-    process = None if section.urls else server_process(config, policy)
+    process = None if section.urls else server_process(config, policy, deadline)
     return VLLMEngine(
-        policy, FileTransport(weights_directory(config)), eos=eos, deadline=section.deadline, urls=section.urls,
-        process=process, sleeps=section.sleeps,
+        policy, transport_of(config), eos=eos, deadline=deadline, urls=section.urls, process=process,
+        sleeps=section.sleeps,
     )  # fmt: skip
+
+
+def transport_of(config: Config) -> Transport:
+    """A server of the run's own is started anew when it dies, and then needs the weights again."""
+    keep, device = not config.vllm.urls, device_of(config)
+    if config.vllm.transport == "nccl":
+        return NcclTransport(device, keep=keep)
+    if config.vllm.transport == "ipc":
+        return IpcTransport(device, keep=keep)
+    return FileTransport(weights_directory(config))
 
 
 def weights_directory(config: Config) -> Path:
@@ -34,16 +58,21 @@ def weights_directory(config: Config) -> Path:
     return config.run.dir.absolute() / OWN
 
 
-def server_process(config: Config, policy: LanguageModel) -> ServerProcess:
+def server_process(config: Config, policy: LanguageModel, deadline: float) -> ServerProcess:
     """On a CPU without compilation, which needs tools that are often not there, and within `rollout.cache_gib`."""
-    on_cpu = device_of(config).type == "cpu"
+    on_cpu, transport = device_of(config).type == "cpu", config.vllm.transport
     longest = config.data.max_prompt_tokens + config.rollout.max_tokens
     command = command_line(
         config.vllm.servers, str(model_path(config, "policy")), dtype=config.model.dtype,
         max_model_len=min(longest, getattr(policy.transformer.config, "max_position_embeddings", longest)),
-        options=["--enforce-eager"] if on_cpu else [],
+        options=[
+            *(["--enforce-eager"] if on_cpu else []),
+            *(["--weight-transfer-config", json.dumps({"backend": transport})] if transport != "file" else []),
+        ],
     )  # fmt: skip
     environment = {"VLLM_CPU_KVCACHE_SPACE": str(math.ceil(config.rollout.cache_gib))} if on_cpu else {}
+    if transport == "ipc":
+        environment |= ALLOW_PICKLES
     return ServerProcess(
-        command, log=config.run.dir / OWN / "server.log", deadline=config.vllm.deadline, environment=environment
+        command, log=config.run.dir / OWN / "server.log", deadline=deadline, environment=environment
     )  # fmt: skip

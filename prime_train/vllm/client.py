@@ -8,7 +8,7 @@ import asyncio
 import logging
 import math
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -62,14 +62,17 @@ class Server:
     def __init__(self, url: str, http: httpx2.AsyncClient, deadline: float) -> None:
         self.url, self.http, self.deadline = url, http, deadline
 
-    async def attempt(self, method: str, path: str, body: Any = None) -> dict[str, Any]:
+    async def attempt(self, method: str, path: str, body: Any = None, *, limit: float | None = None) -> dict[str, Any]:
         """The JSON object that one request is answered with.
 
+        Args:
+            limit: seconds; a share of the deadline unless given.
+
         Raises:
-            Unavailable: no connection, no answer within a share of the deadline, 5xx, not JSON.
+            Unavailable: no connection, no answer in time, 5xx, not JSON.
             ServerError: 4xx.
         """
-        limit = self.deadline * ATTEMPT_SHARE
+        limit = self.deadline * ATTEMPT_SHARE if limit is None else limit
         asked = f"{method} {self.url}{path}"
         try:
             async with asyncio.timeout(limit):
@@ -179,6 +182,17 @@ async def persistently(
         if pause < LONGEST_PAUSE <= 2 * pause:
             waiting(f"asking again for up to {deadline:.3g} s: {last}")
         pause = min(2 * pause, LONGEST_PAUSE)
+
+
+async def together(work: Iterable[Coroutine[Any, Any, Any]]) -> None:
+    """Waits for all of the work; the first error ends the rest."""
+    tasks = [asyncio.create_task(w) for w in work]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 @asynccontextmanager

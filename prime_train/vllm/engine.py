@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import random
 import secrets
 from collections.abc import Callable, Coroutine, Sequence
 from types import TracebackType
@@ -12,7 +11,8 @@ import torch
 
 from ..models import LanguageModel
 from ..records import Response
-from .client import Pool, Sampling, Server, connected, persistently
+from ..snapshot import Weights
+from .client import Pool, Sampling, Server, connected, persistently, together
 from .errors import ServerDied, ServerError, Unavailable
 from .server import ServerProcess
 from .transport import Transport
@@ -62,7 +62,7 @@ class VLLMEngine:
             if self.process is not None:
                 self.process.start()
         except BaseException:
-            self.transport.close()
+            asyncio.run(self.transport.close([]))
             raise
         return self
 
@@ -70,9 +70,9 @@ class VLLMEngine:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         with contextlib.ExitStack() as stack:
-            stack.callback(self.transport.close)
             if self.process is not None:
                 stack.callback(self.process.stop)
+            stack.callback(lambda: asyncio.run(self._part()))
 
     @property
     def urls(self) -> list[str]:
@@ -80,11 +80,18 @@ class VLLMEngine:
 
     def refresh(self, version: int) -> None:
         self._version = f"{self._run}/{version}"
-        self.transport.publish(self.policy)
-        if self._asleep and torch.cuda.is_available():
-            # What torch keeps of freed memory is what the server is about to take.
-            torch.cuda.empty_cache()
-        self._surviving(lambda: asyncio.run(self._on_all(self._load)))
+        weights = Weights.of(self.policy)
+        try:
+            self.transport.publish(weights)
+            if self._asleep and torch.cuda.is_available():
+                # What torch keeps of freed memory is what the server is about to take.
+                torch.cuda.empty_cache()
+            self._surviving(lambda: asyncio.run(self._on_all(self._load)))
+        except BaseException:
+            # Other processes that gather the rest of a sharded model with this one must not be left waiting in it.
+            for _ in weights.tensors:
+                pass
+            raise
         self._asleep = False
 
     def rest(self) -> None:
@@ -93,19 +100,18 @@ class VLLMEngine:
             self._asleep = True
 
     def sample(
-        self, prompts: Sequence[Sequence[int]], *, n: int, temperature: float, max_tokens: int, seed: int,
+        self, prompts: Sequence[Sequence[int]], *, n: int, temperature: float, max_tokens: int, seeds: Sequence[int],
         progress: Callable[[int], None] = lambda tokens: None,
     ) -> list[list[Response]]:  # fmt: skip
         if self._version is None or self._asleep:
             raise ServerError("the servers must be refreshed before they are sampled from")
-        # vLLM gives the i-th of a prompt's responses the prompt's seed + i, so prompts' seeds must lie far apart.
-        seeds = random.Random(seed)
+        # vLLM gives the i-th of a prompt's responses the prompt's seed + i: prompts' seeds lie far apart.
         wanted = [
             Sampling(
-                n=n, temperature=temperature, max_tokens=max_tokens, seed=seeds.getrandbits(48), eos=self.eos,
+                n=n, temperature=temperature, max_tokens=max_tokens, seed=seed, eos=self.eos,
                 version=self._version,
             )
-            for _ in prompts
+            for seed in seeds
         ]  # fmt: skip
         found: dict[int, list[Response]] = {}
         self._surviving(lambda: asyncio.run(self._sample(prompts, wanted, found, progress)))
@@ -133,15 +139,20 @@ class VLLMEngine:
 
             await self._watched([one(i) for i in range(len(prompts)) if i not in found], look)
 
-    async def _on_all(self, act: Callable[[Server], Coroutine[Any, Any, None]]) -> None:
+    async def _on_all(self, act: Callable[[Sequence[Server]], Coroutine[Any, Any, None]]) -> None:
         async with connected(self.urls, self.deadline) as servers:
-            await self._watched([act(server) for server in servers])
+            await self._watched([act(servers)])
 
-    async def _load(self, server: Server) -> None:
-        """Gives the server the last snapshot and makes sure that this is what it serves."""
+    async def _load(self, servers: Sequence[Server]) -> None:
+        """Gives the servers the weights last published and makes sure that these are what they serve."""
+        assert self._version is not None
         if self._asleep:
-            await server.call("POST", "/wake_up?tags=weights")
-        await self.transport.load(server)
+            await together(server.call("POST", "/wake_up?tags=weights") for server in servers)
+        await self.transport.load(servers, self._version)
+        await together(self._take_up(server) for server in servers)
+
+    async def _take_up(self, server: Server) -> None:
+        """Has the server go over to the weights that it was given."""
         if self._asleep:
             await server.call("POST", "/wake_up?tags=kv_cache")
 
@@ -157,8 +168,13 @@ class VLLMEngine:
         if serves != self._version:
             raise ServerError(f"{server.url} says that it serves weights {serves} after it was given {self._version}")
 
-    async def _put_to_sleep(self, server: Server) -> None:
-        await server.call("POST", "/sleep?level=2")
+    async def _put_to_sleep(self, servers: Sequence[Server]) -> None:
+        await together(server.call("POST", "/sleep?level=2") for server in servers)
+
+    async def _part(self) -> None:
+        """A server of the engine's own is about to end: nothing has to be freed in it."""
+        async with connected(self._urls, self.deadline) as servers:
+            await self.transport.close(servers)
 
     async def _watched(
         self, work: Sequence[Coroutine[Any, Any, None]], look: Callable[[], None] = lambda: None

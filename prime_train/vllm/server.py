@@ -1,6 +1,7 @@
 """A vLLM server of the run's own: started on 127.0.0.1, waited for, looked after, and ended with its whole tree."""
 
 import os
+import re
 import secrets
 import shlex
 import socket
@@ -15,6 +16,8 @@ import httpx2
 from .errors import ServerDied, ServerError
 
 GUARD = Path(__file__).with_name("guard.py")
+TORCHRUN = r"TORCHELASTIC_.*|(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)"
+"""Names of what torchrun tells its workers."""
 ENVIRONMENT = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1"}
 """The first opens the routes that refresh weights."""
 OPTIONS = ("--logprobs-mode", "processed_logprobs", "--generation-config", "vllm", "--enable-scale-out")
@@ -53,7 +56,9 @@ class ServerProcess:
         self, command: Sequence[str], *, log: Path, deadline: float, environment: Mapping[str, str] | None = None
     ) -> None:
         self.command, self.log, self.deadline = list(command), log, deadline
-        self.environment = {**os.environ, **ENVIRONMENT, **(environment or {})}
+        # torchrun's word to its workers would have the server's own processes look for torchrun's store.
+        inherited = {name: value for name, value in os.environ.items() if not re.fullmatch(TORCHRUN, name)}
+        self.environment = {**inherited, **ENVIRONMENT, **(environment or {})}
         self.url = ""
         # What the server calls its model: whoever else answers at its port is not taken for it.
         self.name = f"prime-{secrets.token_hex(8)}"

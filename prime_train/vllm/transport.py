@@ -1,33 +1,40 @@
 """How the policy's weights get into the servers.
 
-A transport takes a snapshot of the weights and then has each server load it, as often as that is needed: a server that
-was started anew loads the snapshot again. `FileTransport` works everywhere. vLLM's own routes for GPUs
-(`--weight-transfer-config` with backend nccl or ipc; /init_weight_transfer_engine, /start_weight_update,
-/update_weights, /finish_weight_update) fit the same three methods; their sending side is Python code inside vLLM, or an
-NCCL rendezvous, and not HTTP, so they are left out.
+`FileTransport`, here, works everywhere. `NcclTransport` (nccl.py) and `IpcTransport` (ipc.py) speak vLLM's own weight
+transfer, whose four routes `Update` asks: its HTTP side by HTTP, its tensors through NCCL and CUDA IPC.
 """
 
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-import torch
-
-from ..models import LanguageModel
-from .client import Server
+from ..snapshot import Weights, write_snapshot
+from .client import Server, together
+from .errors import ServerError
 
 
 class Transport(Protocol):
-    def publish(self, model: LanguageModel) -> None:
-        """Takes a snapshot of the weights, in the precision that the model computes in."""
+    """Weights are published once and loaded at least once: a server that was started anew needs them again.
 
-    async def load(self, server: Server) -> None:
-        """Has the server load the last snapshot; returns when it has."""
+    Raises:
+        ServerError: from `load`, where a server cannot be given the weights in time; says which and why.
+    """
 
-    def close(self) -> None:
-        """Frees the snapshot."""
+    def publish(self, weights: Weights) -> None:
+        """Takes new weights in the old ones' place. They are gone through now, or in the first `load`."""
+
+    async def load(self, servers: Sequence[Server], version: str) -> None:
+        """Has all these servers, which share the work, hold the weights last published when it returns.
+
+        Args:
+            version: by which the servers will be told to call them afterwards.
+        """
+
+    async def close(self, servers: Sequence[Server]) -> None:
+        """Frees what the weights took, in the servers too where they are still there; raises nothing."""
 
 
 class FileTransport:
@@ -48,22 +55,57 @@ class FileTransport:
     def snapshot(self) -> Path:
         return self._root / f"snapshot-{self._count}"
 
-    def publish(self, model: LanguageModel) -> None:
+    def publish(self, weights: Weights) -> None:
         shutil.rmtree(self.snapshot, ignore_errors=True)
         partial = self._root / "partial"
-        weights = {
-            name: tensor.to(model.compute_dtype) if tensor.is_floating_point() else tensor
-            for name, tensor in model.transformer.state_dict().items()
-        }
-        with torch.no_grad():
-            model.transformer.save_pretrained(partial, state_dict=weights)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        write_snapshot(partial, weights)
         self._count += 1
         partial.rename(self.snapshot)
 
-    async def load(self, server: Server) -> None:
+    async def load(self, servers: Sequence[Server], version: str) -> None:
         # Always with the path: without one vLLM loads again what it was started with.
         body = {"method": "reload_weights", "kwargs": {"weights_path": str(self.snapshot)}}
-        await server.call("POST", "/collective_rpc", body)
+        await together(server.call("POST", "/collective_rpc", body) for server in servers)
 
-    def close(self) -> None:
+    async def close(self, servers: Sequence[Server]) -> None:
         shutil.rmtree(self._root, ignore_errors=True)
+
+
+class Update:
+    """vLLM's routes of weight transfer, on several servers at once.
+
+    Each is asked once: a server that is told to start, or to finish, a second time refuses, and one that missed a
+    broadcast cannot catch up. So a fault on the way is an error, which names the server.
+    """
+
+    def __init__(self, servers: Sequence[Server]) -> None:
+        self.servers = servers
+
+    async def init(self, infos: Sequence[dict[str, Any]]) -> None:
+        await self._ask("/init_weight_transfer_engine", [{"init_info": info} for info in infos])
+
+    async def start(self) -> None:
+        await self._ask("/start_weight_update", [None] * len(self.servers))
+
+    async def update(self, infos: Sequence[dict[str, Any]]) -> None:
+        """Has each server receive what its info says."""
+        await self._ask("/update_weights", [{"update_info": info} for info in infos])
+
+    async def finish(self) -> None:
+        await self._ask("/finish_weight_update", [None] * len(self.servers))
+
+    async def _ask(self, path: str, bodies: Sequence[Any]) -> None:
+        waited_for = [server.url for server in self.servers]
+
+        async def one(server: Server, body: Any) -> None:
+            try:
+                await server.attempt("POST", path, body, limit=server.deadline)
+            except ServerError as error:
+                # Members of a group wait for each other, so who is late first need not be who is to blame.
+                others = ", ".join(url for url in waited_for if url != server.url)
+                raise type(error)(f"{error}{others and f'; not done yet either: {others}'}") from None
+            waited_for.remove(server.url)
+
+        await together(one(server, body) for server, body in zip(self.servers, bodies, strict=True))
