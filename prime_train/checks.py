@@ -6,14 +6,16 @@ import shlex
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from .checkpoints import Checkpoints
+from .checkpoints import CONFIG
 from .config import Config
 from .data import arithmetic_operations
 from .models import tiny_shape
-from .rundir import CHECKPOINTS, CONFIG
+from .rundir import CHECKPOINTS
+from .saved import newest, refuse_damaged
 from .settings import ConfigError
 from .setup import SFT, TINY, device_of
 from .verify.pool import load_custom
@@ -21,9 +23,9 @@ from .verify.pool import load_custom
 DATA_FILES = (".jsonl", ".json", ".parquet")
 FREE_SECTIONS = ("eval", "verify", "sft", "vllm")
 FREE_KEYS = (
-    "run.dir", "run.steps", "run.device", "run.checkpoint_every", "run.keep_checkpoints", "run.wandb",
-    "model.tokens_per_micro_batch", "model.checkpointing", "model.attention", "data.eval", "rollout.cache_gib",
-    "rollout.engine", "rollout.ahead",
+    "run.dir", "run.steps", "run.device", "run.checkpoint_every", "run.keep_checkpoints", "run.keep_every",
+    "run.patience", "run.wandb", "model.tokens_per_micro_batch", "model.blocks", "model.attention", "model.replicas",
+    "model.offload", "data.eval", "rollout.cache_gib", "rollout.engine", "rollout.ahead",
 )  # fmt: skip
 """What may be another at every start of the same run."""
 
@@ -33,10 +35,11 @@ def refuse_impossible(config: Config) -> None:
 
     Raises:
         ConfigError: all that was found, with the keys' names.
+        CheckpointRefused: the newest checkpoint of the run in the directory is damaged.
     """
     found = [
         *_missing_files(config), *_unwritable("run.dir", config.run.dir), *_missing_hardware(config),
-        *_missing_packages(config), *_missing_server(config), *_changed(config),
+        *_missing_packages(config), *_missing_server(config), *_changed(config), *_impossible_world(config),
     ]  # fmt: skip
     if config.sft.base.startswith(TINY):
         try:
@@ -87,10 +90,17 @@ def _missing_files(config: Config) -> list[str]:
 
 def _changed(config: Config) -> list[str]:
     """Keys that the run in the directory was started with otherwise, and that a checkpoint cannot be gone on with."""
-    before = config.run.dir / CONFIG
-    if not before.exists() or Checkpoints(config.run.dir / CHECKPOINTS, keep=1).latest() is None:
+    latest = newest(config.run.dir / CHECKPOINTS)
+    if latest is None:
         return []
-    started, now = json.loads(before.read_text()), config.model_dump(mode="json")
+    refuse_damaged(latest)
+    now = config.model_dump(mode="json")
+    # The directory's own is of the last start, which may have ended before it saved anything.
+    found = (path for path in (latest / CONFIG, config.run.dir / CONFIG) if path.exists())
+    return list(dict.fromkeys(said for path in found for said in _differing(config, json.loads(path.read_text()), now)))
+
+
+def _differing(config: Config, started: dict[str, Any], now: dict[str, Any]) -> list[str]:
     return [
         f"{section}.{key}: the run in {config.run.dir} was started with {_toml(was)}, not {_toml(now[section][key])}; "
         "give this one another run.dir"
@@ -113,6 +123,8 @@ def _missing_hardware(config: Config) -> list[str]:
         return ["run.device: there is no CUDA GPU; use auto or cpu"]
     if config.model.attention == "flash_attention_2" and device_of(config).type != "cuda":
         return ["model.attention: flash_attention_2 needs a CUDA GPU; use sdpa"]
+    if "liger" in config.model.blocks and device_of(config).type != "cuda":
+        return ["model.blocks: liger's kernels need a CUDA GPU"]
     return []
 
 
@@ -122,6 +134,12 @@ def _missing_packages(config: Config) -> list[str]:
         found.append("run.wandb: the package wandb is not installed; it comes with implicit-prime[wandb]")
     if config.model.attention == "flash_attention_2" and find_spec("flash_attn") is None:
         found.append("model.attention: flash_attention_2 needs the package flash-attn; use sdpa")
+    for package, extra, key, wanted in (
+        ("peft", "lora", "model.lora", config.model.lora > 0),
+        ("liger_kernel", "liger", "model.blocks", "liger" in config.model.blocks),
+    ):
+        if wanted and find_spec(package) is None:
+            found.append(f"{key}: the package {package} is not installed; it comes with implicit-prime[{extra}]")
     if config.verify.custom is not None:
         try:
             load_custom(config.verify.custom)
@@ -130,11 +148,22 @@ def _missing_packages(config: Config) -> list[str]:
     return found
 
 
+def _impossible_world(config: Config) -> list[str]:
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if processes % config.model.replicas:
+        return [f"model.replicas must divide the number of processes, {processes}, got {config.model.replicas}"]
+    return []
+
+
 def _missing_server(config: Config) -> list[str]:
-    if config.rollout.engine != "vllm":
+    if config.rollout.engine != "vllm" or int(os.environ.get("RANK", 0)):  # one process speaks to servers
         return []
+    from .vllm.probe import server_problems, transport_problems  # its HTTP client is for runs that have servers
+
+    found = [f"vllm.transport: {problem}" for problem in transport_problems(config)]
+    found += [f"vllm.servers: {problem}" for problem in server_problems(config)]
     if not config.vllm.urls:
         python = shlex.split(config.vllm.servers)[0]
         if shutil.which(python) is None:
-            return [f"vllm.servers: neither a URL nor a program: {python}"]
-    return []
+            found.append(f"vllm.servers: neither a URL nor a program: {python}")
+    return found

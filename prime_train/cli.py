@@ -1,18 +1,29 @@
 """The `prime-train` command."""
 
+import signal
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from .config import Config
+from .saved import CheckpointError, CheckpointRefused
 from .settings import ConfigError, load_config, reference_table, shipped
 from .verify.sandbox import SandboxUnavailable
 from .vllm.errors import ServerError
 
+if TYPE_CHECKING:
+    from .distributed import World
+
 USAGE = """prime-train COMMAND …
 
-  run CONFIG [--section.key value …] [--dry-run]   train: SFT if the config asks for it, then PRIME; resumes
+  run CONFIG [--section.key value …]               train: SFT if the config asks for it, then PRIME; resumes
+      [--dry-run] [--force]                        print the resolved config and its plan; run what does not fit, too
   sft CONFIG [--section.key value …]               the SFT stage alone
   eval CONFIG [--section.key value …]              accuracy of the newest checkpoint on the held-out prompts
+  plan CONFIG [--section.key value …]              will it fit, how long will a step take; here, or on
+      [--gpus N] [--memory GIB]                    N GPUs of so much memory
+      [--tflops T] [--bandwidth GB/S]              that achieve so much
+  export CONFIG|RUN_DIR --out DIR [--model prm]    a checkpoint's policy or PRM, for transformers and vLLM
   verify FILE.jsonl [--out SCORES.jsonl]           score a file of responses
   report RUN [RUN …] [--out FILE.png]              draw the curves of runs over each other
   doctor [CONFIG [--section.key value …]]          whether this installation can run that configuration
@@ -23,11 +34,13 @@ CONFIG is a TOML file or the name of a shipped one: {}.
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code: 0 done, 1 failed, 2 refused at start, 130 interrupted and saved."""
+    """Exit code: 0 done, or stopped by SIGTERM and saved; 1 failed; 2 refused at start; 130 interrupted and saved."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     command = words.pop(0) if words else "--help"
     commands = {
-        "run": _run, "sft": _sft, "eval": _eval, "verify": _verify, "report": _report, "doctor": _doctor, "keys": _keys,
+        "run": _run, "sft": _sft, "eval": _eval, "plan": _plan, "export": _export, "verify": _verify,
+        "report": _report,
+        "doctor": _doctor, "keys": _keys,
     }  # fmt: skip
     if command in ("-h", "--help", "help"):
         print(USAGE.format(", ".join(shipped())), end="")
@@ -37,44 +50,52 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     try:
         return commands[command](words)
-    except ConfigError as error:
+    except (ConfigError, CheckpointRefused) as error:
         print(f"prime-train: {error}", file=sys.stderr)
         return 2
     except SandboxUnavailable as error:
         print(f"prime-train: code answers cannot be run: {error}", file=sys.stderr)
         return 1
-    except ServerError as error:
+    except (ServerError, CheckpointError) as error:
         print(f"prime-train: {error}", file=sys.stderr)
         return 1
 
 
 def _run(words: list[str]) -> int:
     from . import checks, prime, setup, sft
+    from .plan import command
     from .rundir import completed
     from .view import View
 
-    dry = "--dry-run" in words
-    config = _config("run", [word for word in words if word != "--dry-run"])
+    dry, force = "--dry-run" in words, "--force" in words
+    config = _config("run", [word for word in words if word not in ("--dry-run", "--force")])
     if dry:
         print(checks.resolved(config))
     checks.refuse_impossible(config)
     if dry:
+        print(command.dry_run(config))
         return 0
     setup.keep_freed_memory()
     setup.quiet_transformers()
-    view = View()
     progress = completed(config)
-    if progress is None:
-        if config.model.policy == setup.SFT and sft.train(config, view) is None:
-            view.say("stopped; the same command goes on from here")
-            return 130
-        progress = prime.train(config, view)
-    if progress.step < config.run.steps:
-        view.say(f"stopped after step {progress.step}, saved in {config.run.dir}; the same command goes on from here")
-        return 130
-    from .report import draw
+    note = command.refuse_too_large(config, force=force) if progress is None else None
+    with setup.joined_world(config) as world:
+        view = View(quiet=not world.leads)
+        if note:
+            view.warn(note)
+        if progress is None:
+            if config.model.policy == setup.SFT and sft.train(config, view, world) is None:
+                view.say("stopped; the same command goes on from here")
+                return _stopped(world)
+            progress = prime.train(config, view, world)
+        if progress.step < config.run.steps or not progress.evaluated:
+            place = f"after step {progress.step}, saved in {config.run.dir}"
+            view.say(f"stopped {place}; the same command goes on from here")
+            return _stopped(world)
+    if world.leads:
+        from .report import draw
 
-    view.say(f"complete: {progress.step} steps in {progress.seconds:.0f} s; curves in {draw([config.run.dir])}")
+        view.say(f"complete: {progress.step} steps in {progress.seconds:.0f} s; curves in {draw([config.run.dir])}")
     return 0
 
 
@@ -86,10 +107,11 @@ def _sft(words: list[str]) -> int:
     checks.refuse_impossible(config)
     setup.keep_freed_memory()
     setup.quiet_transformers()
-    view = View()
-    directory = sft.train(config, view)
-    view.say(f"SFT model in {directory}" if directory else "stopped; the same command goes on from here")
-    return 0 if directory else 130
+    with setup.joined_world(config) as world:
+        view = View(quiet=not world.leads)
+        directory = sft.train(config, view, world)
+        view.say(f"SFT model in {directory}" if directory else "stopped; the same command goes on from here")
+        return 0 if directory else _stopped(world)
 
 
 def _eval(words: list[str]) -> int:
@@ -104,9 +126,31 @@ def _eval(words: list[str]) -> int:
             f"model.policy: no SFT model in {setup.sft_directory(config)} yet; `prime-train run` makes it"
         )
     setup.quiet_transformers()
-    step, figures = prime.evaluate_newest(config)
-    View().say(f"step {step}: {described(figures)}")
+    with setup.joined_world(config) as world:
+        step, figures = prime.evaluate_newest(config, world)
+        View(quiet=not world.leads).say(f"step {step}: {described(figures)}")
     return 0
+
+
+def _plan(words: list[str]) -> int:
+    from . import setup
+    from .plan.command import main as plan
+
+    setup.quiet_transformers()
+    return plan(words, lambda rest: _config("plan", rest))
+
+
+def _export(words: list[str]) -> int:
+    from .export import main as export
+
+    return export(words)
+
+
+def _stopped(world: "World") -> int:
+    """After a request to stop that was met: SIGTERM, of a scheduler that wants the machine, is no failure."""
+    from .interrupt import Interrupts
+
+    return 0 if world.any(Interrupts.last == signal.SIGTERM) else 130
 
 
 def _verify(words: list[str]) -> int:

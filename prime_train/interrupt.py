@@ -2,6 +2,7 @@
 
 import signal
 from types import FrameType, TracebackType
+from typing import ClassVar
 
 
 class Interrupted(Exception):
@@ -9,7 +10,13 @@ class Interrupted(Exception):
 
 
 class Interrupts:
-    """Within it the first SIGINT or SIGTERM is a request, the second one stops the program at once."""
+    """Within it the first SIGINT or SIGTERM is a request; a SIGINT after that stops the program at once.
+
+    A further SIGTERM does not: schedulers and torchrun each send their own for one and the same stop.
+    """
+
+    last: ClassVar[int | None] = None
+    """The last request's signal."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -31,6 +38,7 @@ class Interrupts:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _request(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
+        if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.requested = True
+        Interrupts.last = number

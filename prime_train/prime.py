@@ -5,6 +5,8 @@
 
 import itertools
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
 
 from . import measures, mismatch, policy, prm
 from .advantages import advantages, padded
@@ -12,8 +14,11 @@ from .ahead import Ahead
 from .checkpoints import Checkpoints, Progress
 from .config import Config
 from .data import Stream, load_prompts, prompt_length
+from .distributed import World
 from .engine import Engine
 from .evaluation import evaluate
+from .flops import Tokens, stage_flops, tokens_of
+from .hardware import peak_flops
 from .interrupt import Interrupted, Interrupts
 from .outcomes import Outcomes
 from .packing import pack
@@ -23,16 +28,18 @@ from .rundir import CHECKPOINTS, RunDirectory
 from .sampler import LocalEngine
 from .scoring import score
 from .setup import Models, eos_tokens, load_models
+from .sizes import sizes_of
 from .view import View, step_summary, token_samples
 
 
-def train(config: Config, view: View) -> Progress:
-    """Trains until `run.steps`, or until interrupted between two steps, and returns where it stands.
+def train(config: Config, view: View, world: World) -> Progress:
+    """Trains until `run.steps`, or until interrupted, and returns where it stands. Collective.
 
-    Goes on from the newest checkpoint in `run.dir`, if there is one.
+    Goes on from the newest checkpoint in `run.dir`, if there is one. All processes hold the same batch on the host and
+    compute the same from it, each what models have to do with its share of it.
     """
-    models = load_models(config)
-    run = RunDirectory(config, config.run.dir)
+    models = load_models(config, world)
+    run = RunDirectory(config, config.run.dir, world)
     progress = run.resume(models.trained)
     tokenizer, layout = models.tokenizer, models.layout
     stream = Stream(
@@ -42,30 +49,43 @@ def train(config: Config, view: View) -> Progress:
     held_out = held_out_prompts(config, models)
     relative_to = config.prm.reference if models.prm is not None else None
     step_pattern = config.prm.step_pattern if config.prm.granularity == "step" else None
+    sizes = {name: sizes_of(model.transformer.config) for name, model in models.named.items()}
+    peak = world.size * peak_flops(world.device, models.policy.compute_dtype)
+    rollouts = world.apart()  # a batch may be sampled in a thread while this one trains
 
     def batch_of(step: int, check: Callable[[], None]) -> Collected:
         return collect(
             config.rollout, config.filter, stream, engine, outcomes, tokenizer, seed=seed_of(config, step),
-            sampled=lambda tokens: check(),
+            sampled=lambda _: check(),
         )  # fmt: skip
 
+    def evaluation() -> measures.Figures:
+        found, _ = evaluate(
+            config.eval, config.rollout, held_out, engine, outcomes, tokenizer, sampled=lambda _: interrupts.check()
+        )
+        return found
+
     with (
-        rollout_engine(config, models) as engine,
-        Outcomes(config.verify) as outcomes,
+        rollout_engine(config, models, rollouts) as engine,
+        Outcomes(config.verify, rollouts) as outcomes,
         Interrupts() as interrupts,
         view.bar("PRIME", config.run.steps, progress.step) as advance,
         Ahead(batch_of, interrupts.check, ahead=config.rollout.ahead, last=config.run.steps) as batches,
     ):
         engine.refresh(progress.step)
-        if progress.step == 0:
-            figures, _ = evaluate(config.eval, config.rollout, held_out, engine, outcomes, tokenizer)
-            run.log(0, figures)
-            view.say(f"before PRIME: {measures.described(figures)}")
+        if not progress.evaluated:
+            with suppress(Interrupted):
+                figures = evaluation()
+                run.add(progress.step, figures)
+                view.say(f"before step {progress.step + 1}: {measures.described(figures)}")
+                progress = replace(progress, evaluated=True)
 
         for step in range(progress.step + 1, config.run.steps + 1):
-            clock = measures.Clock(models.policy.device)
+            clock = measures.Clock(models.policy.device, f"step {step}, {world}")
             try:
                 with clock("rollout"):
+                    if world.any(interrupts.requested):
+                        raise Interrupted
                     collected, lag = batches.take(step)
             except Interrupted:
                 break
@@ -115,37 +135,38 @@ def train(config: Config, view: View) -> Progress:
             with clock("refresh"):
                 engine.refresh(step)
             last = step == config.run.steps
-            if last or (config.eval.every and step % config.eval.every == 0):
-                with clock("eval"):
-                    found, _ = evaluate(config.eval, config.rollout, held_out, engine, outcomes, tokenizer)
-                figures |= found
+            evaluated = not (last or (config.eval.every and step % config.eval.every == 0))
+            if not evaluated:
                 if collected.groups:
                     samples = token_samples(collected.groups, rewards, cu_seqlens, tokenizer)
                     run.log_samples(step, samples)
-                    view.samples(f"step {step}: {measures.described(found)}", samples)
-            figures |= clock.figures(tokens=len(batch.sequences.tokens) if collected.groups else 0)
+                    view.samples(f"step {step}", samples)
+                with suppress(Interrupted), clock("eval"):
+                    figures |= evaluation()
+                    evaluated = True
+            trained = tokens_of(batch.sequences) if collected.groups else Tokens()
+            figures |= clock.figures(trained.all, stage_flops(config, trained, **sizes), peak)
             progress = Progress(
-                step=step, position=collected.position, too_long=collected.too_long,
+                step=step, position=collected.position, too_long=collected.too_long, evaluated=evaluated,
                 seconds=progress.seconds + figures["time/step"],
             )  # fmt: skip
             run.log(step, figures)
             advance(step_summary(figures))
             if last or (config.run.checkpoint_every and step % config.run.checkpoint_every == 0):
-                run.checkpoints.save(progress, models.trained)
-            if interrupts.requested:
-                break
+                with clock("checkpoint"):
+                    run.checkpoints.save(progress, models.trained)
 
     run.finish(progress, models.trained)
     return progress
 
 
-def evaluate_newest(config: Config) -> tuple[int, measures.Figures]:
-    """Accuracies of the newest checkpoint, or of the starting point where there is none, and its step."""
-    models = load_models(config)
-    checkpoints = Checkpoints(config.run.dir / CHECKPOINTS, keep=config.run.keep_checkpoints)
+def evaluate_newest(config: Config, world: World) -> tuple[int, measures.Figures]:
+    """Accuracies of the newest checkpoint, or of the starting point where there is none, and its step. Collective."""
+    models = load_models(config, world)
+    checkpoints = Checkpoints(config.run.dir / CHECKPOINTS, keep=config.run.keep_checkpoints, world=world)
     latest = checkpoints.latest()
     progress = checkpoints.load(latest, models.trained) if latest else Progress()
-    with rollout_engine(config, models) as engine, Outcomes(config.verify) as outcomes:
+    with rollout_engine(config, models, world) as engine, Outcomes(config.verify, world) as outcomes:
         engine.refresh(progress.step)
         figures, _ = evaluate(
             config.eval, config.rollout, held_out_prompts(config, models), engine, outcomes, models.tokenizer
@@ -165,10 +186,10 @@ def held_out_prompts(config: Config, models: Models) -> list[Prompt]:
     return list(itertools.islice(short, config.eval.prompts))
 
 
-def rollout_engine(config: Config, models: Models) -> Engine:
+def rollout_engine(config: Config, models: Models, world: World) -> Engine:
     eos = eos_tokens(models.tokenizer, models.policy)
     if config.rollout.engine == "vllm":
         from .vllm.build import vllm_engine  # its HTTP client is for runs that have servers
 
-        return vllm_engine(config, models.policy, eos)
-    return LocalEngine(models.policy, eos=eos, cache_bytes=config.rollout.cache_gib * 2**30)
+        return vllm_engine(config, models.policy, eos, world)
+    return LocalEngine(models.policy, eos=eos, cache_bytes=config.rollout.cache_gib * 2**30, world=world)

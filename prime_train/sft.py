@@ -14,35 +14,41 @@ from . import optim
 from .checkpoints import Progress
 from .config import SFT, Config
 from .data import Stream, demonstration_length, load_demonstrations
+from .distributed import World
 from .interrupt import Interrupts
-from .models import LanguageModel, save_model
+from .models import LanguageModel
 from .packing import Layout, micro_batches, pack_sequences
 from .records import Sequences
 from .rundir import RunDirectory
 from .setup import layout_of, load_base, sft_directory
+from .snapshot import save_model
 from .view import View
 
 GRAD_CLIP = 1.0
+WARMUP = 0.1
+"""Share of the steps over which the learning rate rises."""
 CHECKPOINTS = 10
 """Over the whole stage."""
 
 
-def train(config: Config, view: View) -> Path | None:
-    """Makes the SFT model in `run.dir`/sft/model and returns that; None if interrupted, to be gone on with later."""
+def train(config: Config, view: View, world: World) -> Path | None:
+    """Makes the SFT model in `run.dir`/sft/model and returns that; None if interrupted, to be gone on with later.
+    Collective."""
     directory = sft_directory(config)
-    if (directory / "config.json").exists():
+    if world.first((directory / "config.json").exists):
         return directory
-    model, tokenizer = load_base(config)
+    model, tokenizer = load_base(config, world)
     optimizer = optim.adamw(model, lr=config.sft.lr)
     trained = {"model": (model, optimizer)}
-    run = RunDirectory(config, directory.parent)
+    run = RunDirectory(config, directory.parent, world)
     progress = run.resume(trained)
     stream = Stream(
         load_demonstrations(config.sft.data, config.data, tokenizer), demonstration_length, seed=config.run.seed,
-        max_tokens=config.sft.max_tokens, position=progress.position, dropped=progress.too_long,
+        max_tokens=config.data.max_prompt_tokens + config.rollout.max_tokens, position=progress.position,
+        dropped=progress.too_long,
     )  # fmt: skip
     steps = config.sft.steps or math.ceil(config.sft.epochs * len(stream.items) / config.sft.batch)
-    layout = layout_of(config)
+    layout = layout_of(config, model, world)
 
     with Interrupts() as interrupts, view.bar("SFT", steps, progress.step) as advance:
         for step in range(progress.step + 1, steps + 1):
@@ -50,7 +56,7 @@ def train(config: Config, view: View) -> Path | None:
             examples = [example for chat in stream.take(config.sft.batch) for example in chat]
             sequences = pack_sequences(examples)
             set_learning_rate(optimizer, lr := learning_rate(config.sft, step, steps))
-            done = optim.step(model, optimizer, losses(model, sequences, layout), grad_clip=GRAD_CLIP)
+            done = optim.step(model, optimizer, losses(model, sequences, layout), grad_clip=GRAD_CLIP, world=world)
             seconds = time.perf_counter() - began
             rate = len(sequences.tokens) / seconds
             if not done.applied:
@@ -64,12 +70,12 @@ def train(config: Config, view: View) -> Path | None:
             )
             if step % max(1, steps // CHECKPOINTS) == 0:
                 run.checkpoints.save(progress, trained)
-            if interrupts.requested:
+            if world.any(interrupts.requested):
                 break
     run.finish(progress, trained)
     if progress.step < steps:
         return None
-    save_model(model, tokenizer, directory)
+    save_model(model, tokenizer, directory, world)
     return directory
 
 
@@ -88,7 +94,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 def learning_rate(config: SFT, step: int, steps: int) -> float:
     """Of step 1 … steps: linear to the peak over the warm-up, then a cosine to 0."""
-    warm = config.warmup * steps
+    warm = WARMUP * steps
     if step <= warm:
         return config.lr * step / warm
     return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / (steps - warm + 1)))

@@ -18,10 +18,10 @@ SAMPLED_PROMPTS = 3
 
 
 class View:
-    """Writes to a terminal, or plain lines where there is none."""
+    """Writes to a terminal, or plain lines where there is none, or nothing."""
 
-    def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(highlight=False)
+    def __init__(self, console: Console | None = None, *, quiet: bool = False) -> None:
+        self.console = console or Console(highlight=False, quiet=quiet)
 
     def say(self, message: str) -> None:
         self.console.print(message, soft_wrap=True, markup=False)

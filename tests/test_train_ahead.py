@@ -110,7 +110,7 @@ def run(tmp_path):
     with serving(fake.respond) as url:
 
         def go(*words):
-            path = config_file(tmp_path, start, vllm={"servers": url, "deadline": 20.0})
+            path = config_file(tmp_path, start, vllm={"servers": url}, run={"patience": 20.0})
             return cli.main(["run", path, "--rollout.engine", "vllm", *words])
 
         yield tmp_path, go, fake

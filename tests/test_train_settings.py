@@ -12,9 +12,10 @@ from pydantic import ValidationError
 from prime_train import checks, cli
 from prime_train.config import Config
 from prime_train.settings import ConfigError, load_config, reference_table, shipped
-from prime_train.vllm.build import weights_directory
+from prime_train.vllm.build import server_process, weights_directory
 
-from .tiny import saved_model
+from .fake_vllm import fake_vllm, serving
+from .tiny import model, saved_model
 
 
 def written(path: Path, text: str) -> str:
@@ -165,7 +166,7 @@ def test_defaults_are_the_papers():
         0,
         1,
     )
-    assert (advantage.estimator, advantage.loo, advantage.whiten) == ("rloo", "paper", True)
+    assert (advantage.estimator, advantage.whiten) == ("rloo", True)
     assert (advantage.process_gamma, advantage.outcome_gamma) == (1, 1)
     assert advantage.process_coef == advantage.outcome_coef
 
@@ -281,6 +282,7 @@ def test_everything_wrong_is_told_at_once(tmp_path):
 def test_every_shipped_configuration_passes_a_dry_run_that_leaves_nothing(tmp_path, monkeypatch, capsys, name):
     config = load_config(name)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for source in (config.data.train, config.data.eval):
         if Path(source).suffix in checks.DATA_FILES:
             Path(source).parent.mkdir(parents=True, exist_ok=True)
@@ -367,3 +369,28 @@ def test_weights_travel_in_shared_memory_or_to_other_machines_in_the_runs_direct
     here, elsewhere = (possible(tmp_path, *SERVERS, f"http://localhost:1 http://{host}:1") for host in ("[::1]", "b"))
     assert weights_directory(here) == Path("/dev/shm")
     assert weights_directory(elsewhere) == tmp_path / "run" / "vllm"
+
+
+def test_running_servers_that_were_started_otherwise_are_refused_by_name_and_others_waited_for(tmp_path):
+    def without_development_routes(method, path, body):
+        return (200, b'{"version": "0.32.0"}') if path == "/version" else (404, b"")
+
+    with fake_vllm() as (good, _), serving(without_development_routes) as bad:
+        found = problems(possible(tmp_path, *SERVERS, f"http://127.0.0.1:9 {good} {bad}"))
+        assert len(found) == 1
+        assert found[0].startswith(f"vllm.servers: {bad}: weights cannot be refreshed; start it with VLLM_SERVER_DEV")
+        found = problems(possible(tmp_path, *SERVERS, good, "--vllm.transport", "nccl"))
+        assert found[0] == "vllm.transport: nccl needs the policy on a CUDA GPU; use file"
+        assert found[-1].startswith(f"vllm.servers: {good}: ")
+
+
+def test_a_server_of_the_runs_own_is_started_for_the_transport(tmp_path):
+    def process(transport):
+        return server_process(possible(tmp_path, *SERVERS, "python", "--vllm.transport", transport), model(), 60.0)
+
+    files, nccl, ipc = (process(transport) for transport in ("file", "nccl", "ipc"))
+    assert "--weight-transfer-config" not in files.command
+    for name, found in (("nccl", nccl), ("ipc", ipc)):
+        option = found.command[found.command.index("--weight-transfer-config") + 1]
+        assert json.loads(option) == {"backend": name}
+    assert [p.environment.get("VLLM_ALLOW_INSECURE_SERIALIZATION") for p in (files, nccl, ipc)] == [None, None, "1"]
