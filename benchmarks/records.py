@@ -32,7 +32,7 @@ class Report:
     scratch: list[dict[str, Any]] = field(default_factory=list)
     settings: list[dict[str, Any]] = field(default_factory=list)  # of the tile sweep
     best: list[str] = field(default_factory=list)  # the fastest of them, as plan.py writes it
-    stages: dict[str, Any] = field(default_factory=dict)  # of a training step
+    stages: dict[str, Any] = field(default_factory=dict)  # of a PRIME step: prime_step.json
     sections: list[Section] = field(default_factory=list)
 
     def save(self, path: Path) -> None:

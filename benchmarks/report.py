@@ -6,7 +6,6 @@ python -m benchmarks.report --readme           write the README's block of numbe
 """
 
 import argparse
-import json
 import re
 import shutil
 from collections.abc import Iterable, Sequence
@@ -17,6 +16,7 @@ from benchmarks.cases import GPU_MAIN, OPS
 from benchmarks.harness import Row
 from benchmarks.records import Report
 from benchmarks.roofline import floors, share
+from benchmarks.step_figures import Figure, figures_table
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -123,6 +123,11 @@ def settings_table(report: Report) -> str:
     return "Settings of strategy 'fused'\n" + table([("kernel", "settings", "ms", "status"), *lines]) if lines else ""
 
 
+def step_table(report: Report) -> str:
+    figures = [Figure(**entry) for entry in report.stages.get("figures", ())]
+    return f"PRIME step of {report.stages['workload']['model']}\n{figures_table(figures)}" if figures else ""
+
+
 def sections_table(report: Report) -> str:
     lines = [(s.name, s.status, f"{s.seconds:.0f}", s.summary) for s in report.sections]
     return "Sections\n" + table([("section", "status", "seconds", "summary"), *lines]) if lines else ""
@@ -138,7 +143,7 @@ def text(report: Report, *, brief: bool = False) -> str:
         rows_table(report, brief=brief),
         reasons_table(report.rows),
         "For prime_kernels/plan.py\n" + "\n".join(report.best) if report.best else "",
-        "Training step\n" + json.dumps(report.stages, indent=1) if report.stages else "",
+        step_table(report),
         sections_table(report),
     ]
     return "\n\n".join(part for part in parts if part)
