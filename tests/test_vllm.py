@@ -182,7 +182,8 @@ def test_two_servers_share_the_load_and_one_serves_on_when_the_other_is_killed(u
     other = process(tmp_path)
     other.start()
     try:
-        with engine_on(net, url, other.url) as engine:
+        # A server's first request is slow, and one that is given up is asked of the other server.
+        with engine_on(net, url, other.url, deadline=300.0) as engine:
             engine.refresh(4)
             versions = [httpx2.get(f"{at}/weight_info").json()["weight_version"] for at in (url, other.url)]
             assert versions[0] == versions[1] == engine._version
