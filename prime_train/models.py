@@ -137,6 +137,13 @@ def add_adapters(model: LanguageModel, rank: int) -> None:
             parameter.data = parameter.data.float()
 
 
+def recompute_blocks(transformer: PreTrainedModel) -> None:
+    """Each block keeps its input alone, and computes the rest again in backward."""
+    # The second name is the older one, of which newer versions of transformers warn.
+    enable = getattr(transformer, "activation_checkpointing_enable", None) or transformer.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
 def work_on_blocks(model: LanguageModel, how: Sequence[str]) -> None:
     """`model.blocks` of the configuration: Liger's kernels, recomputation in backward, compilation, in this order."""
     if "liger" in how:
@@ -145,8 +152,7 @@ def work_on_blocks(model: LanguageModel, how: Sequence[str]) -> None:
         # Its losses would need logits.
         _apply_liger_kernel_to_instance(model.transformer, fused_linear_cross_entropy=False, cross_entropy=False)
     if "checkpoint" in how:
-        enable = getattr(model.transformer, "activation_checkpointing_enable", None)
-        (enable or model.transformer.gradient_checkpointing_enable)({"use_reentrant": False})
+        recompute_blocks(model.transformer)
     if "compile" in how:
         for block in model.blocks:
             block.compile()

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers.core_model_loading import revert_weight_conversion
 
+from .distributed import whole
 from .models import LanguageModel
 
 BASE, ADAPTERS = ".base_layer.", ".lora_"
@@ -38,11 +38,11 @@ def served_weights(model: LanguageModel, dtype: torch.dtype | None = None) -> It
     """
     stored, dtype = _stored(model), dtype or model.compute_dtype
     makes = _with_adapters(model)
-    whole = ((_served(name), makes.get(name, _whole)(_cast(tensor, dtype))) for name, tensor in stored.items())
+    found = ((_served(name), makes.get(name, whole)(_cast(tensor, dtype))) for name, tensor in stored.items())
     if _as_saved(model, stored, dtype):
-        yield from whole
+        yield from found
     else:
-        yield from revert_weight_conversion(model.transformer, dict(whole)).items()
+        yield from revert_weight_conversion(model.transformer, dict(found)).items()
 
 
 def served_manifest(model: LanguageModel, dtype: torch.dtype | None = None) -> list[TensorInfo]:
@@ -87,9 +87,9 @@ def _with_adapters(model: LanguageModel) -> dict[str, Callable[[Tensor], Tensor]
 
     def adapted(layer: nn.Module, weight: Tensor) -> Tensor:
         with torch.no_grad():
-            found = _whole(weight).float()
+            found = whole(weight).float()
             for name, scaling in layer.scaling.items():  # type: ignore[union-attr, operator]
-                A, B = (_whole(getattr(layer, side)[name].weight) for side in ("lora_A", "lora_B"))
+                A, B = (whole(getattr(layer, side)[name].weight) for side in ("lora_A", "lora_B"))
                 found = found + scaling * (B.float() @ A.float())
         return found.to(weight.dtype)
 
@@ -102,10 +102,6 @@ def _with_adapters(model: LanguageModel) -> dict[str, Callable[[Tensor], Tensor]
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _outlines(stored: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

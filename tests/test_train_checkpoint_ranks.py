@@ -103,12 +103,18 @@ def test_one_process_takes_the_weights_of_several_without_their_optimizers(tmp_p
 # -- errors --
 
 
+def saved_once(world, directory):
+    """A model and its optimizer, and checkpoints of which step 1 is complete."""
+    pair = trained(world, 0, 1)
+    checkpoints = Checkpoints(directory, keep=2, world=world)
+    checkpoints.save(Progress(step=1), {"policy": pair})
+    checkpoints.wait()
+    return pair, checkpoints
+
+
 def disk_is_full_for(rank, directory):
     with world_of() as world:
-        pair = trained(world, 0, 1)
-        checkpoints = Checkpoints(directory, keep=2, world=world)
-        checkpoints.save(Progress(step=1), {"policy": pair})
-        checkpoints.wait()
+        pair, checkpoints = saved_once(world, directory)
         if world.rank == rank:
             torch.save = _full
         checkpoints.save(Progress(step=2), {"policy": pair})
@@ -132,10 +138,7 @@ def test_a_process_that_cannot_write_ends_the_save_of_all_and_the_one_before_sta
 
 def killed_in_a_save(rank, directory):
     with world_of() as world:
-        pair = trained(world, 0, 1)
-        checkpoints = Checkpoints(directory, keep=2, world=world)
-        checkpoints.save(Progress(step=1), {"policy": pair})
-        checkpoints.wait()
+        pair, checkpoints = saved_once(world, directory)
         if world.rank == rank:
             torch.save = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
         checkpoints.save(Progress(step=2), {"policy": pair})

@@ -14,7 +14,7 @@ from prime_kernels import LogProbHead
 from prime_train import optim
 from prime_train.config import Config
 from prime_train.hardware import DEVICES
-from prime_train.models import LanguageModel
+from prime_train.models import LanguageModel, work_on_blocks
 from prime_train.plan import Plan, make_plan, rates_of
 from prime_train.plan.activations import count_activations
 from prime_train.plan.durations import Lengths, durations_of
@@ -73,8 +73,7 @@ class Real:
             architecture, dtype=torch.float32, attn_implementation=config.model.attention
         )
         self.model = LanguageModel(transformer, dtype).train()
-        if "checkpoint" in config.model.blocks:
-            transformer.gradient_checkpointing_enable({"use_reentrant": False})
+        work_on_blocks(self.model, config.model.blocks)
         if dtype == torch.bfloat16:
             self.model.compute_dtype = torch.float32  # no autocast: FSDP casts
             sharded(self.model, dtype)

@@ -13,7 +13,6 @@ one-pass loss stores until backward are: their places in time are those of a sta
 """
 
 import json
-import warnings
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from ..models import recompute_blocks
 from ..sizes import blocks_of, build, config_key, config_of, shortened
 from .records import Unplannable
 
@@ -105,14 +105,13 @@ def _count(key: str, dtype: torch.dtype, attention: str, width: int, checkpoint:
     layers = json.loads(key).get("num_hidden_layers") or config.get_text_config().num_hidden_layers
     short = shortened(config, min(BLOCKS, layers))
     try:
-        with FakeTensorMode(), warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # the name of transformers' switch is about to change
+        with FakeTensorMode():
             model = build(short, dtype=dtype, attention=attention)
             if lora:
                 model.requires_grad_(False)
                 _adapt(blocks_of(model), lora)
             if checkpoint:
-                model.gradient_checkpointing_enable({"use_reentrant": False})
+                recompute_blocks(model)
             trained = [_train(model.train(), rows, width) for rows in (2, 3)]
             scored = [_score(model.eval(), rows, width) for rows in (2, 3)]
     except (RuntimeError, NotImplementedError, TypeError) as error:
