@@ -106,7 +106,16 @@ class World:
         """
         if self.group is None:
             return compute()
-        return next(iter(self.each(compute if self.leads else lambda: None)))  # type: ignore[return-value]
+        found: list[Any] = [None]
+
+        def lead() -> None:
+            if self.leads:
+                found[0] = compute()
+
+        self.each(lead)
+        # Not by `each`, where every process would take as much memory for what each of the others has not to say.
+        dist.broadcast_object_list(found, src=0, group=self.group)
+        return found[0]
 
     def sum(self, values: Tensor) -> Tensor:
         """Element by element over all processes, for tensors on the host. Collective."""

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -33,6 +34,7 @@ class FakeVLLM:
         self.receiver = receiver or Receiver()
         self.version = "default"
         self.name = ""
+        self.model_config: dict[str, Any] = {"logprobs_mode": "processed_logprobs", "max_model_len": 4096}
         self.loaded: list[str] = []
         self.asked: list[str] = []
         self.delay = 0.0
@@ -55,6 +57,8 @@ class FakeVLLM:
             return {"data": [{"id": self.name}]}
         if path == "/version":
             return {"version": "0.32.0"}
+        if path == "/server_info":
+            return {"vllm_config": {"model_config": self.model_config, "weight_transfer_config": None}, "vllm_env": {}}
         if path == "/collective_rpc":
             self.loaded.append(body["kwargs"]["weights_path"])
             return {"results": [None]}
@@ -70,17 +74,18 @@ class FakeVLLM:
         return self.receiver.answer(path, body) or {}
 
     def generate(self, body: dict) -> dict:
-        """To each prompt its own tokens and an end of sequence, n times."""
+        """To each prompt its own tokens and an end of sequence, n times; as many of them as there is room for."""
         with self.lock:
             self.running += 1
             self.most_running = max(self.running, self.most_running)
         time.sleep(self.delay)
-        tokens = [*body["token_ids"], EOS]
+        whole = [*body["token_ids"], EOS]
+        tokens = whole[: self.model_config["max_model_len"] - len(body["token_ids"])]
         choices = [
             {
                 "index": i,
                 "token_ids": tokens,
-                "finish_reason": "stop",
+                "finish_reason": "stop" if tokens == whole else "length",
                 "logprobs": {"content": [{"token_id": t, "logprob": -0.5} for t in tokens]},
                 "weight_versions": [{"version": self.version, "start": 0, "end": len(tokens)}],
             }
@@ -113,6 +118,8 @@ def handler(answer: Answer) -> type[BaseHTTPRequestHandler]:
             self.send_header("content-length", str(len(found)))
             self.end_headers()
             self.wfile.write(found)
+            # Like vLLM's, which says nothing of it in its answer.
+            self.close_connection = status >= 500
 
         def log_message(self, *_: object) -> None:
             pass

@@ -144,13 +144,13 @@ def test_weights_do_not_change_under_a_batch_that_is_being_sampled(run, monkeypa
     overlapped = []
     attempt = Server.attempt
 
-    async def watching(self, method, path, body=None):
+    async def watching(self, method, path, *body, **limit):
         if path == "/collective_rpc":
             overlapped.append(bool(sampling))
         if path == GENERATE:
             sampling.append(1)
         try:
-            return await attempt(self, method, path, body)
+            return await attempt(self, method, path, *body, **limit)
         finally:
             if path == GENERATE:
                 sampling.pop()

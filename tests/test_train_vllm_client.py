@@ -1,7 +1,9 @@
 """The engine over servers that answer by the book, and what it does when they do not; no vLLM needed."""
 
+import asyncio
 import json
 import math
+import re
 import threading
 import time
 import urllib.request
@@ -10,11 +12,12 @@ from contextlib import contextmanager
 import pytest
 
 from prime_train.interrupt import Interrupted
+from prime_train.vllm import client
 from prime_train.vllm.engine import CONCURRENCY, VLLMEngine
 from prime_train.vllm.errors import ServerError
 from prime_train.vllm.transport import FileTransport
 
-from .fake_vllm import EOS, GENERATE, fake_vllm, faulty_proxy, serving
+from .fake_vllm import EOS, GENERATE, FakeVLLM, fake_vllm, faulty_proxy, serving
 from .tiny import model
 
 PROMPTS = [[7, 8, 9], [10], [11, 12]]
@@ -64,8 +67,13 @@ def test_no_proxy_of_the_environment_stands_between(behind_proxy, monkeypatch):
     assert tokens_of(sample(behind_proxy[0])) == WANT
 
 
-@pytest.mark.parametrize("fault", ["500", "truncated", "cut", "hang"])
-@pytest.mark.parametrize("path", [GENERATE, "/collective_rpc", "/weight_info"])
+@pytest.mark.parametrize(
+    ("path", "fault"),
+    [
+        *((path, fault) for path in (GENERATE, "/weight_info") for fault in ("500", "truncated", "cut", "hang")),
+        *(("/collective_rpc", fault) for fault in ("500", "truncated", "cut")),
+    ],
+)
 def test_a_passing_fault_is_survived(behind_proxy, fault, path):
     engine, _, faults, _ = behind_proxy
     faults.at(path, fault, *([] if fault == "hang" else [fault]))
@@ -80,7 +88,7 @@ def test_a_passing_fault_is_survived(behind_proxy, fault, path):
         ("500", "500: out of luck"),
         ("truncated", "what is no JSON object"),
         ("cut", "Error: "),
-        ("hang", "no answer within 1 s"),
+        ("hang", "no answer within 1.5 s"),
     ],
 )
 def test_a_lasting_fault_is_given_up_in_time_with_the_url_and_the_last_error(behind_proxy, fault, message):
@@ -92,6 +100,84 @@ def test_a_lasting_fault_is_given_up_in_time_with_the_url_and_the_last_error(beh
     assert url in str(error.value)
     assert message in str(error.value)
     assert DEADLINE / 2 < time.monotonic() - began < 2 * DEADLINE
+
+
+class Loading(FakeVLLM):
+    """Takes its time to load, one request after the other, and does not stop when nobody listens any more."""
+
+    def __init__(self, seconds):
+        super().__init__()
+        self.seconds, self.one_at_a_time = seconds, threading.Lock()
+
+    def answer(self, path, body):
+        if path == "/collective_rpc":
+            with self.one_at_a_time:
+                time.sleep(self.seconds)
+        return super().answer(path, body)
+
+
+def test_a_load_may_take_nearly_all_of_the_deadline_and_is_asked_for_once(tmp_path):
+    fake = Loading(0.8 * DEADLINE)
+    with serving(fake.respond) as url, engine_over(tmp_path, url) as engine:
+        engine.refresh(0)
+    assert fake.asked.count("/collective_rpc") == 1
+
+
+def test_a_load_that_takes_longer_is_given_up_with_the_url(tmp_path):
+    fake = Loading(0.8)
+    wanted = "given up after 0.4 s.*/collective_rpc: no answer within 0.4 s"
+    with (
+        serving(fake.respond) as url,
+        engine_over(tmp_path, url, deadline=0.4) as engine,
+        pytest.raises(ServerError, match=wanted),
+    ):
+        engine.refresh(0)
+
+
+def test_what_fails_for_many_prompts_alike_is_said_once(behind_proxy, monkeypatch, caplog):
+    monkeypatch.setattr(client, "QUIET_S", 0.2)
+    engine, _, faults, url = behind_proxy
+    faults.at(GENERATE, "always 500")
+    with pytest.raises(ServerError):
+        sample(engine, PROMPTS * 5)
+    [said] = [record.getMessage() for record in caplog.records]
+    assert re.match(f"asking again for up to 3 s: POST {url}{GENERATE}: 500: out of luck", said)
+
+
+class GatheringLate:
+    """A transport that gathers the weights in the middle of loading them."""
+
+    def __init__(self, events):
+        self.events = events
+
+    def publish(self, weights):
+        self.weights = weights
+
+    async def load(self, servers, version):
+        await asyncio.sleep(0.6)
+        for _ in self.weights.tensors:
+            pass
+        self.events.append("gathered")
+        await asyncio.sleep(0.6)
+
+    async def close(self, servers):
+        pass
+
+
+def test_whoever_gathers_along_hears_of_waiting_once_all_is_gathered():
+    events = []
+    with fake_vllm() as (url, fake):
+        fake.delay = 0.6
+        waiting = lambda: events.append("waits")  # noqa: E731
+        with VLLMEngine(
+            model(), GatheringLate(events), eos=[EOS], deadline=DEADLINE, urls=[url], waiting=waiting
+        ) as engine:  # fmt: skip
+            engine.refresh(0)
+            assert events[0] == "gathered"
+            assert events.count("waits") >= 2
+            events.clear()
+            sample(engine)
+            assert events.count("waits") >= 2
 
 
 def test_nobody_there_is_said_with_the_url(tmp_path):
@@ -112,6 +198,32 @@ def test_what_the_server_refuses_is_not_asked_again(tmp_path):
     with serving(refusing) as url, engine_over(tmp_path, url) as engine, pytest.raises(ServerError, match=wanted):
         engine.refresh(0)
     assert asked == ["/collective_rpc"]
+
+
+# -- length --
+
+
+def test_a_response_that_the_server_cut_off_early_is_an_error_that_names_the_option(behind_proxy):
+    engine, fake, _, url = behind_proxy
+    fake.model_config["max_model_len"] = 5
+    fake.asked.clear()
+    wanted = rf"{url}: a response to 3 tokens was cut off after 2 of 8: the server's --max-model-len is too small"
+    with pytest.raises(ServerError, match=wanted):
+        sample(engine, [[7, 8, 9]])
+    assert fake.asked == [GENERATE]
+
+
+def test_a_response_cut_off_where_the_model_ends_or_at_max_tokens_is_a_truncated_one(behind_proxy):
+    engine, fake, _, _ = behind_proxy
+    fake.model_config["max_model_len"] = engine.policy.transformer.config.max_position_embeddings = 5
+    [group] = sample(engine, [[7, 8, 9]])
+    assert [(response.tokens, response.finished) for response in group] == [((7, 8), False)] * 2
+    fake.model_config["max_model_len"] = 3
+    [[response]] = engine.sample([[7]], n=1, temperature=1.0, max_tokens=2, seeds=[0])
+    assert (response.tokens, response.finished) == ((7, EOS), True)
+    fake.model_config["max_model_len"] = 4
+    [[response]] = engine.sample([[7, 8]], n=1, temperature=1.0, max_tokens=2, seeds=[0])
+    assert (response.tokens, response.finished) == ((7, 8), False)
 
 
 # -- versions --

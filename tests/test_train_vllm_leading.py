@@ -1,13 +1,20 @@
 """vLLM for a run over several processes: one asks, all have the answers, and nobody waits for ever."""
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Self
 
 import pytest
+import torch
 
 from prime_train.checkpoints import progress_at
+from prime_train.distributed import joined
 from prime_train.rundir import read_records
 from prime_train.snapshot import Weights
+from prime_train.vllm import engine, leading
+from prime_train.vllm.errors import ServerError
+from prime_train.vllm.leading import LeadingEngine
 from prime_train.vllm.transport import FileTransport
 
 from .fake_vllm import GENERATE, FakeVLLM, serving
@@ -15,7 +22,7 @@ from .processes import run_ranks, started_ranks
 from .test_train_ahead import Gibberish
 from .test_train_distributed import run
 from .test_train_run import config_file
-from .tiny import saved_model
+from .tiny import model, saved_model
 
 
 @pytest.fixture
@@ -45,19 +52,20 @@ def test_one_process_asks_the_servers_and_all_train_on_the_answers(tmp_path, ser
     assert progress_at(tmp_path / "run" / "checkpoints" / "step-000003").position == 6
 
 
+def run_with_few_requests_at_a_time(words: list[str]) -> int:
+    engine.CONCURRENCY = 4
+    return run(words)
+
+
 @pytest.mark.slow
 def test_sampling_may_last_longer_than_processes_are_waited_for(tmp_path, server):
     url, fake = server
-    fake.delay, patience = 0.5, 3.0
+    fake.delay, patience = 0.5, 6.0
     steps = words(
-        tmp_path, url, "--run.steps", "1", "--rollout.prompts", "450", "--rollout.samples", "2", "--eval.prompts", "1",
-        "--filter.max_prompts", "1", "--model.tokens_per_micro_batch", "32768", "--policy.mini_batch", "900",
-        "--prm.mini_batch", "900", patience=patience,
+        tmp_path, url, "--run.steps", "1", "--rollout.prompts", "64", "--rollout.samples", "2", "--eval.prompts", "1",
+        "--filter.max_prompts", "1", "--policy.mini_batch", "128", "--prm.mini_batch", "128", patience=patience,
     )  # fmt: skip
-    with started_ranks(2, run, steps) as ranks:
-        for rank in ranks:
-            ended = rank.wait(120.0)
-            assert (ended.code, ended.result) == (0, 0), ended
+    assert run_ranks(2, run_with_few_requests_at_a_time, steps, deadline=120.0) == [0, 0]
     assert read_records(tmp_path / "run" / "metrics.jsonl")[-1]["time/rollout"] > patience
 
 
@@ -87,3 +95,73 @@ def test_weights_that_cannot_be_published_end_all_processes_at_once(tmp_path, se
     for end in ended:
         assert end.code == 1
         assert "No space left on device" in end.error
+
+
+class Slow:
+    """An engine of the process that leads, whose work takes longer than processes wait for each other."""
+
+    def __init__(self, waiting: Callable[[], None], seconds: float, events: Path) -> None:
+        self.waiting, self.seconds, self.events = waiting, seconds, events
+
+    def wait(self) -> None:
+        end = time.monotonic() + self.seconds
+        while time.monotonic() < end:
+            self.waiting()
+            time.sleep(0.02)
+
+    def __enter__(self) -> Self:
+        self.wait()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def refresh(self, version: int) -> None:
+        self.waiting()  # before servers take memory
+        noted(self.events, "taken")
+        self.wait()
+
+    def rest(self) -> None:
+        self.wait()
+        raise ServerError("no rest")
+
+    def sample(self, prompts: list[list[int]], *, progress: Callable[[int], None], **_: object) -> list[str]:
+        progress(7)
+        self.wait()
+        return ["sampled"] * len(prompts)
+
+
+def noted(events: Path, what: str) -> None:
+    with events.open("a") as file:
+        file.write(f"{what}\n")
+
+
+def led(events: Path) -> list[object]:
+    def release() -> None:
+        time.sleep(0.3)
+        noted(events, "released")
+
+    leading.release_memory = release
+    found: list[object] = []
+    with (
+        joined(torch.device("cpu"), replicas=1, patience=2.0, sharded=False) as world,
+        LeadingEngine(lambda waiting: Slow(waiting, 3.0, events), model(), world) as engine,  # type: ignore[arg-type, return-value]
+    ):
+        engine.refresh(1)
+        options = {"n": 1, "temperature": 1.0, "max_tokens": 4, "seeds": [0]}
+        found.extend(engine.sample([[6], [7]], progress=found.append, **options))  # type: ignore[arg-type]
+        try:
+            engine.rest()
+        except ServerError as error:
+            found.append(str(error))
+    return found
+
+
+def test_whatever_servers_take_longer_for_than_processes_wait_is_waited_for_by_all(tmp_path):
+    leader, other = run_ranks(2, led, tmp_path / "events")
+    assert leader == [7, "sampled", "sampled", "no rest"]
+    assert other[-3:] == ["sampled", "sampled", "no rest"]
+    assert len(other) > 5  # signs of life, at each of which the other process may stop the sampling
+    assert set(other[:-3]) == {0}
+    # Before a server is started, and before one takes memory in a refresh.
+    assert (tmp_path / "events").read_text().split() == ["released", "released", "taken"]

@@ -158,9 +158,9 @@ def test_a_server_that_dies_again_and_again_is_given_up_with_its_log(tmp_path, m
     starts = []
     start = ServerProcess.start
 
-    def counted(self):
+    def counted(self, waiting):
         starts.append(1)
-        start(self)
+        start(self, waiting)
 
     monkeypatch.setattr(ServerProcess, "start", counted)
     with engine_on(tmp_path) as engine:
@@ -222,9 +222,9 @@ def test_a_sleeping_server_is_woken_weights_first_and_refuses_to_sample_until_th
     asked = []
     attempt = Server.attempt
 
-    async def recording(self, method, path, body=None):
+    async def recording(self, method, path, *body, **limit):
         asked.append(path)
-        return await attempt(self, method, path, body)
+        return await attempt(self, method, path, *body, **limit)
 
     monkeypatch.setattr(Server, "attempt", recording)
     with engine_on(tmp_path, sleeps=True) as engine:

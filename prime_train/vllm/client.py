@@ -1,7 +1,8 @@
 """Requests to vLLM servers: one attempt, attempts until a deadline, and several servers that share the work.
 
 A request is worth repeating when nothing came back, or the server broke down (5xx), or what came back is not whole.
-It is not when the server says that the request is wrong (4xx) or sampled from other weights than it should have.
+It is not when the server says that the request is wrong (4xx), sampled from other weights than it should have, or cut
+a response short.
 """
 
 import asyncio
@@ -22,8 +23,10 @@ logger = logging.getLogger(__name__)
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0
 """Seconds between the first two attempts, doubled after each, and at most."""
-ATTEMPT_SHARE = 1 / 3
+ATTEMPT_SHARE = 1 / 2
 """Of the deadline that one attempt may take: a server that hangs leaves time to ask again."""
+QUIET_S, REMIND_S = 5.0, 60.0
+"""For which nothing is said of a request that fails, and between two words on those for samples."""
 EXCERPT = 300
 """Characters of an answer that an error shows."""
 
@@ -42,6 +45,8 @@ class Sampling:
     """The tokens that end a response; no others do."""
     version: str
     """Label of the weights that every token must come from."""
+    context: int | None = None
+    """Tokens of the longest sequence that the model takes, where that is known."""
 
     def body(self, prompt: Sequence[int]) -> dict[str, Any]:
         """Whatever shapes the distribution is said, so that no default of the server or the model does."""
@@ -90,23 +95,34 @@ class Server:
         except (TypeError, ValueError):
             raise Unavailable(f"{asked}: answered with what is no JSON object: {answer.text[:EXCERPT]!r}") from None
 
-    async def call(self, method: str, path: str, body: Any = None) -> dict[str, Any]:
-        """`attempt` until it succeeds or the deadline is over; says when it has to wait."""
-        return await persistently(lambda: self.attempt(method, path, body), self.deadline, waiting=logger.warning)
+    async def call(self, method: str, path: str, body: Any = None, *, long: bool = False) -> dict[str, Any]:
+        """`attempt` until it succeeds or the deadline is over; says when it has to wait.
+
+        Args:
+            long: one attempt may take all of the deadline. The server does not stop when nobody listens any more, so
+                what is asked again too soon only waits behind itself.
+        """
+        clock = asyncio.get_running_loop().time
+        least, end = self.deadline * ATTEMPT_SHARE, clock() + self.deadline
+
+        def attempt() -> Awaitable[dict[str, Any]]:
+            return self.attempt(method, path, body, limit=max(least, end - clock()) if long else least)
+
+        return await persistently(attempt, self.deadline, waiting=logger.warning)
 
     async def generate(self, prompt: Sequence[int], sampling: Sampling) -> list[Response]:
         """One attempt at n responses to a prompt."""
         answer = await self.attempt("POST", "/inference/v1/generate", sampling.body(prompt))
         try:
-            return [_response(choice, sampling) for choice in _choices(answer, sampling.n)]
+            return [_response(choice, len(prompt), sampling) for choice in _choices(answer, sampling.n)]
         except (LookupError, TypeError, ValueError) as error:
             raise Unavailable(f"{self.url}: an answer that is not whole: {type(error).__name__}: {error}") from None
-        except WrongWeights as error:
+        except Refused as error:
             raise ServerError(f"{self.url}: {error}") from None
 
 
-class WrongWeights(Exception):
-    """A response comes from other weights than it should."""
+class Refused(Exception):
+    """A response that is whole and not what was asked for, nor would be if it were asked for again."""
 
 
 def _choices(answer: Any, n: int) -> list[Any]:
@@ -116,17 +132,24 @@ def _choices(answer: Any, n: int) -> list[Any]:
     return choices
 
 
-def _response(choice: Any, sampling: Sampling) -> Response:
+def _response(choice: Any, prompt_length: int, sampling: Sampling) -> Response:
     tokens = tuple(choice["token_ids"])
     if choice["finish_reason"] not in ("stop", "length") or not tokens:
         raise ValueError(f"a response of {len(tokens)} tokens that ended by {choice['finish_reason']!r}")
     versions = {span["version"] for span in choice["weight_versions"]}
     if versions != {sampling.version}:
         found = ", ".join(sorted(versions)) or "unknown ones"
-        raise WrongWeights(f"a response from weights {found} was refused: those of {sampling.version} are wanted")
+        raise Refused(f"a response from weights {found} was refused: those of {sampling.version} are wanted")
     logprobs = choice["logprobs"]["content"]
     if len(logprobs) != len(tokens):
         raise ValueError(f"{len(logprobs)} log-probs for {len(tokens)} tokens")
+    # vLLM ends a sequence at its --max-model-len, in the same words. That may be the model's own limit, not a smaller.
+    short = choice["finish_reason"] == "length" and len(tokens) < sampling.max_tokens
+    if short and prompt_length + len(tokens) < (sampling.context or math.inf):
+        raise Refused(
+            f"a response to {prompt_length} tokens was cut off after {len(tokens)} of {sampling.max_tokens}: "
+            "the server's --max-model-len is too small"
+        )
     logp = tuple(math.nan if known["logprob"] is None else float(known["logprob"]) for known in logprobs)
     return Response(tokens=tokens, logp=logp, finished=tokens[-1] in sampling.eos)
 
@@ -137,6 +160,7 @@ class Pool:
     def __init__(self, servers: Sequence[Server]) -> None:
         self.servers = servers
         self.busy: Counter[str] = Counter()
+        self._said = -math.inf
 
     async def generate(self, prompt: Sequence[int], sampling: Sampling) -> list[Response]:
         """n responses, from the server with the fewest requests; after a failure, from another if there is one.
@@ -156,7 +180,13 @@ class Pool:
             finally:
                 self.busy[server.url] -= 1
 
-        return await persistently(attempt, self.servers[0].deadline)
+        return await persistently(attempt, self.servers[0].deadline, waiting=self._say)
+
+    def _say(self, error: str) -> None:
+        """Once for many requests that fail alike."""
+        if (now := asyncio.get_running_loop().time()) - self._said > REMIND_S:
+            self._said = now
+            logger.warning(error)
 
 
 async def persistently(
@@ -164,23 +194,23 @@ async def persistently(
 ) -> T:
     """Repeats what is `Unavailable`, after ever longer pauses, until `deadline` seconds are over.
 
-    waiting is told the error when the pauses have become long.
+    waiting is told the error, once, when that has taken a while.
 
     Raises:
         ServerError: with the last attempt's error.
     """
     clock = asyncio.get_running_loop().time
-    end, pause = clock() + deadline, FIRST_PAUSE
+    begun, pause, told = clock(), FIRST_PAUSE, False
     while True:
         try:
             return await attempt()
         except Unavailable as error:
-            if clock() + pause > end:
+            if clock() + pause > begun + deadline:
                 raise ServerError(f"given up after {deadline:.3g} s; the last error: {error}") from None
-            last = error
+            if not told and clock() > begun + QUIET_S:
+                waiting(f"asking again for up to {deadline:.3g} s: {error}")
+                told = True
         await asyncio.sleep(pause)
-        if pause < LONGEST_PAUSE <= 2 * pause:
-            waiting(f"asking again for up to {deadline:.3g} s: {last}")
         pause = min(2 * pause, LONGEST_PAUSE)
 
 

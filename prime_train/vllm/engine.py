@@ -3,11 +3,13 @@
 import asyncio
 import contextlib
 import secrets
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
 
 import torch
+from torch import Tensor
 
 from ..models import LanguageModel
 from ..records import Response
@@ -38,6 +40,8 @@ class VLLMEngine:
         urls: servers that run already; without any, `process` is the server.
         sleeps: whether `process` gives its GPU up in `rest` (vLLM's --enable-sleep-mode).
         deadline: seconds for one request and all its repetitions.
+        waiting: called every so often while servers are waited for, but not before all weights of a refresh have been
+            gathered; what it raises ends the waiting.
 
     Raises:
         ServerError: from every method, when a server cannot be used; says which and why.
@@ -46,6 +50,7 @@ class VLLMEngine:
     def __init__(
         self, policy: LanguageModel, transport: Transport, *, eos: Sequence[int], deadline: float,
         urls: Sequence[str] = (), process: ServerProcess | None = None, sleeps: bool = False,
+        waiting: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
         if bool(urls) == (process is not None):
             raise ValueError("either urls or a process of the engine's own, got both or neither")
@@ -55,12 +60,14 @@ class VLLMEngine:
         # Tells this engine's weights from those that another run, or an earlier one, left in the same server.
         self._run = secrets.token_hex(4)
         self._version: str | None = None
-        self._asleep = False
+        self._asleep = self._gathering = False
+        self._waiting = waiting
 
     def __enter__(self) -> Self:
         try:
             if self.process is not None:
-                self.process.start()
+                self._make_room()
+                self.process.start(self._tick)
         except BaseException:
             asyncio.run(self.transport.close([]))
             raise
@@ -81,18 +88,22 @@ class VLLMEngine:
     def refresh(self, version: int) -> None:
         self._version = f"{self._run}/{version}"
         weights = Weights.of(self.policy)
+        weights = replace(weights, tensors=self._gathered(weights))
+        self._gathering = True
         try:
             self.transport.publish(weights)
-            if self._asleep and torch.cuda.is_available():
-                # What torch keeps of freed memory is what the server is about to take.
-                torch.cuda.empty_cache()
             self._surviving(lambda: asyncio.run(self._on_all(self._load)))
-        except BaseException:
-            # Other processes that gather the rest of a sharded model with this one must not be left waiting in it.
+        finally:
+            # Other processes that gather a sharded model with this one must not be left waiting in the rest of it.
             for _ in weights.tensors:
                 pass
-            raise
+            self._gathering = False
         self._asleep = False
+
+    def _gathered(self, weights: Weights) -> Iterator[tuple[str, Tensor]]:
+        for i, found in enumerate(weights.tensors, 1):
+            self._gathering = i < len(weights.manifest)
+            yield found
 
     def rest(self) -> None:
         if self.sleeps:
@@ -110,6 +121,7 @@ class VLLMEngine:
             Sampling(
                 n=n, temperature=temperature, max_tokens=max_tokens, seed=seed, eos=self.eos,
                 version=self._version,
+                context=getattr(self.policy.transformer.config, "max_position_embeddings", None),
             )
             for seed in seeds
         ]  # fmt: skip
@@ -147,14 +159,16 @@ class VLLMEngine:
         """Gives the servers the weights last published and makes sure that these are what they serve."""
         assert self._version is not None
         if self._asleep:
-            await together(server.call("POST", "/wake_up?tags=weights") for server in servers)
+            self._make_room()
+            await together(server.call("POST", "/wake_up?tags=weights", long=True) for server in servers)
         await self.transport.load(servers, self._version)
+        if self._asleep:
+            self._make_room()
+            await together(server.call("POST", "/wake_up?tags=kv_cache", long=True) for server in servers)
         await together(self._take_up(server) for server in servers)
 
     async def _take_up(self, server: Server) -> None:
         """Has the server go over to the weights that it was given."""
-        if self._asleep:
-            await server.call("POST", "/wake_up?tags=kv_cache")
 
         async def forget() -> None:
             # Keys and values of the old weights; while a request that nobody waits for any more is being dropped, the
@@ -169,7 +183,7 @@ class VLLMEngine:
             raise ServerError(f"{server.url} says that it serves weights {serves} after it was given {self._version}")
 
     async def _put_to_sleep(self, servers: Sequence[Server]) -> None:
-        await together(server.call("POST", "/sleep?level=2") for server in servers)
+        await together(server.call("POST", "/sleep?level=2", long=True) for server in servers)
 
     async def _part(self) -> None:
         """A server of the engine's own is about to end: nothing has to be freed in it."""
@@ -190,6 +204,7 @@ class VLLMEngine:
                 for task in done:
                     task.result()
                 look()
+                self._tick()
         finally:
             for task in pending:
                 task.cancel()
@@ -209,6 +224,23 @@ class VLLMEngine:
     def _revive(self) -> None:
         assert self.process is not None
         self.process.stop()
-        self.process.start()
+        self._make_room()
+        self.process.start(self._tick)
         self._asleep = False
         asyncio.run(self._on_all(self._load))
+
+    def _tick(self) -> None:
+        if not self._gathering:
+            self._waiting()
+
+    def _make_room(self) -> None:
+        """What torch keeps of freed memory is what the server is about to take; on the other processes' GPUs too, which
+        have done the same when they hear of this one."""
+        release_memory()
+        self._tick()
+
+
+def release_memory() -> None:
+    """Gives the GPU's memory that no tensor holds to whoever wants it."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import httpx2
@@ -64,14 +64,18 @@ class ServerProcess:
         self.name = f"prime-{secrets.token_hex(8)}"
         self._guard: subprocess.Popen[bytes] | None = None
 
-    def start(self) -> None:
-        """Returns when the server answers. A port that somebody else took meanwhile is exchanged for another."""
+    def start(self, waiting: Callable[[], None] = lambda: None) -> None:
+        """Returns when the server answers. A port that somebody else took meanwhile is exchanged for another.
+
+        Args:
+            waiting: called every so often; what it raises ends the server.
+        """
         self.log.parent.mkdir(parents=True, exist_ok=True)
         end = time.monotonic() + self.deadline
         for _ in range(PORTS_TRIED):
             at = self.log.stat().st_size if self.log.exists() else 0
             try:
-                self._start_once(free_port(), end)
+                self._start_once(free_port(), end, waiting)
                 return
             except ServerDied:
                 if b"ddress already in use" not in self.log.read_bytes()[at:]:
@@ -93,7 +97,7 @@ class ServerProcess:
         self._guard.wait()
         self._guard = None
 
-    def _start_once(self, port: int, end: float) -> None:
+    def _start_once(self, port: int, end: float, waiting: Callable[[], None]) -> None:
         self.url = f"http://127.0.0.1:{port}"
         where = ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", self.name]
         command = [sys.executable, "-I", str(GUARD), *self.command, *where]
@@ -110,6 +114,7 @@ class ServerProcess:
                     raise ServerError(
                         f"the vLLM server at {self.url} was not ready after {self.deadline:.3g} s; {self._end_of_log()}"
                     )
+                waiting()
                 time.sleep(POLL_S)
         except BaseException:
             self.stop()
