@@ -160,10 +160,24 @@ def _missing_server(config: Config) -> list[str]:
         return []
     from .vllm.probe import server_problems, transport_problems  # its HTTP client is for runs that have servers
 
-    found = [f"vllm.transport: {problem}" for problem in transport_problems(config)]
+    found = [f"vllm.transport: {problem}" for problem in (*transport_problems(config), *_too_little_room(config))]
     found += [f"vllm.servers: {problem}" for problem in server_problems(config)]
     if not config.vllm.urls:
         python = shlex.split(config.vllm.servers)[0]
         if shutil.which(python) is None:
             found.append(f"vllm.servers: neither a URL nor a program: {python}")
     return found
+
+
+def _too_little_room(config: Config) -> list[str]:
+    """For the policy's weights on their way to servers."""
+    if config.vllm.transport != "file":
+        return []
+    from .plan.records import Unplannable
+    from .vllm.build import room_of
+
+    try:
+        room = room_of(config)
+    except Unplannable:
+        return []  # the plan says why
+    return [] if room.suffices else [str(room)]

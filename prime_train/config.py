@@ -40,8 +40,9 @@ class Run(Section):
     keep_every: Whole = 0
     """Checkpoints of multiples of this step stay for good; 0 for none of them."""
     patience: Positive = 1800.0
-    """Seconds that a wait for another process, a server's start or its answer may last before the run gives up; a
-    quarter of it for servers where several processes wait for the one that asks them."""
+    """Seconds that a wait for another process, a server's start or its answer may last before the run gives up; for
+    answers half of it where several processes wait for the one that asks. Responses to a prompt that have not come
+    after half of that are asked for again."""
     wandb: bool = False
     """Log to Weights & Biases too (extra `wandb`); metrics.jsonl and TensorBoard are always written."""
 

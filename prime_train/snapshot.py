@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,17 +74,21 @@ def write_snapshot(directory: Path, weights: Weights, shard: int = SHARD) -> Non
     tensors = iter(weights.tensors)
     for name, piece in zip(names, pieces, strict=True):
         found = zip(piece, take(piece, tensors), strict=True)
-        save_file(
-            {info.name: tensor.contiguous().cpu() for info, tensor in found},
-            directory / name,
-            metadata={"format": "pt"},
-        )
+        _save_file({info.name: tensor.contiguous().cpu() for info, tensor in found}, directory / name)
     if len(pieces) > 1:
         places = {info.name: name for name, piece in zip(names, pieces, strict=True) for info in piece}
         index = {"metadata": {"total_size": nbytes(weights.manifest)}, "weight_map": places}
         (directory / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
     for name, content in weights.files.items():
         (directory / name).write_text(content)
+
+
+def _save_file(tensors: dict[str, Tensor], path: Path) -> None:
+    """Readable by whom the umask lets read; `save_file` replaces what is there by a file for this user alone."""
+    path.touch()
+    mode = stat.S_IMODE(path.stat().st_mode)
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(mode)
 
 
 def cut(manifest: Sequence[TensorInfo], limit: int) -> list[Piece]:

@@ -1,7 +1,9 @@
 """What the doctor says, one line each, and what makes an installation unusable."""
 
 import json
+import re
 import sys
+from collections import namedtuple
 
 import pytest
 
@@ -10,7 +12,9 @@ from prime_train.config import Config
 from prime_train.vllm.libnccl import Library
 
 from .fake_vllm import fake_vllm, serving
+from .tiny import saved_model
 
+Usage = namedtuple("Usage", "total used free")
 NAMES = ["torch", "triton", "GPU", "flash attention", "sandbox", "vLLM", "shared memory"]
 
 
@@ -120,6 +124,7 @@ def test_a_server_must_have_been_started_with_the_transport(transport, backend, 
         ("nccl", "http://gpu2:9", True, "nccl needs the libnccl that PyTorch for CUDA comes with: libnowhere"),
         ("nccl", "python --enable-sleep-mode", True, "this server shares the trainer's; use ipc or file"),
         ("ipc", "http://gpu2:9", True, "ipc reaches servers on the trainer's own GPU, and vllm.servers are elsewhere"),
+        ("nccl", "python --gpu-memory-utilization 0.4", True, "the server would start on the trainer's; name others"),
         ("ipc", "python --enable-sleep-mode", True, None),
     ],
 )
@@ -141,15 +146,24 @@ def test_a_python_without_vllm_is_unusable():
     assert vllm("/nowhere/python").verdict == "broken"
 
 
-def test_too_little_shared_memory_is_unusable_for_vllm_alone(monkeypatch, tmp_path):
-    monkeypatch.setattr(doctor, "SHARED_GIB", 1e9)
-    assert findings()["shared memory"].verdict == "note"
-    sections = {"rollout": {"engine": "vllm"}, "vllm": {"servers": "http://127.0.0.1:9"}}
-    assert findings(**sections)["shared memory"].verdict == "broken"
-    monkeypatch.setattr(doctor, "SHARED_MEMORY", tmp_path / "nowhere")
-    assert findings(**sections)["shared memory"].verdict == "broken"
-    sections["vllm"]["transport"] = "nccl"
-    assert findings(**sections)["shared memory"].verdict == "note"
-    sections["vllm"]["transport"] = "file"
-    sections["vllm"]["servers"] = "http://another.machine:8000"
-    assert findings(**sections)["shared memory"].verdict == "note"
+def test_too_little_room_for_the_policy_is_unusable_where_weights_travel_by_file(monkeypatch, tmp_path):
+    saved = saved_model(tmp_path / "model")
+
+    def found(servers, transport="file", policy=saved):
+        sections = {"model": {"policy": policy}, "run": {"dir": tmp_path / "run"}, "rollout": {"engine": "vllm"}}
+        return list(findings(**sections, vllm={"servers": servers, "transport": transport}).values())[-1]
+
+    here, elsewhere = "http://127.0.0.1:9", "http://another.machine:8000"
+    assert [found(s).verdict for s in (here, elsewhere)] == ["ok", "ok"]
+    monkeypatch.setattr("shutil.disk_usage", lambda path: Usage(2**20, 2**20 - 2**10, 2**10))
+    said = r"has 9.5e-07 GiB free, and one copy of the policy takes \S+ GiB"
+    short = found(here)
+    assert (short.name, short.verdict) == ("shared memory", "broken")
+    assert re.fullmatch(rf"/dev/shm {said} \(in a container: --shm-size\)", short.text)
+    short = found(elsewhere)
+    assert (short.name, short.verdict) == ("run directory", "broken")
+    assert re.fullmatch(f"{tmp_path}/run/vllm {said}", short.text)
+    unknown = found(here, policy="nobody/nothing")
+    assert unknown.verdict == "note"
+    assert "no config.json of nobody/nothing can be had" in unknown.text
+    assert found(here, "nccl").verdict == findings()["shared memory"].verdict == "note"

@@ -282,7 +282,6 @@ def test_everything_wrong_is_told_at_once(tmp_path):
 def test_every_shipped_configuration_passes_a_dry_run_that_leaves_nothing(tmp_path, monkeypatch, capsys, name):
     config = load_config(name)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for source in (config.data.train, config.data.eval):
         if Path(source).suffix in checks.DATA_FILES:
             Path(source).parent.mkdir(parents=True, exist_ok=True)
@@ -306,6 +305,13 @@ def test_a_refusal_is_one_line_and_exit_code_2(tmp_path, capsys):
 def test_keys_prints_the_table(capsys):
     assert cli.main(["keys"]) == 0
     assert capsys.readouterr().out == reference_table() + "\n"
+
+
+@pytest.mark.parametrize("command", ["run", "sft", "eval", "plan", "doctor", "keys"])
+@pytest.mark.parametrize("words", [["--help"], ["quickstart", "-h"]])
+def test_help_is_given_anywhere_behind_a_command(command, words, capsys):
+    assert cli.main([command, *words]) == 0
+    assert capsys.readouterr().out.startswith("prime-train COMMAND")
 
 
 def test_help_names_every_command_and_configuration(capsys):
@@ -386,7 +392,7 @@ def test_running_servers_that_were_started_otherwise_are_refused_by_name_and_oth
 
 def test_a_server_of_the_runs_own_is_started_for_the_transport(tmp_path):
     def process(transport):
-        return server_process(possible(tmp_path, *SERVERS, "python", "--vllm.transport", transport), model(), 60.0)
+        return server_process(possible(tmp_path, *SERVERS, "python", "--vllm.transport", transport), model())
 
     files, nccl, ipc = (process(transport) for transport in ("file", "nccl", "ipc"))
     assert "--weight-transfer-config" not in files.command

@@ -2,6 +2,10 @@
 
 import asyncio
 import json
+import os
+import re
+import resource
+import stat
 
 import pytest
 import torch
@@ -11,6 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from prime_train.served import TensorInfo
 from prime_train.snapshot import Weights, cut, nbytes, write_snapshot
+from prime_train.vllm.errors import ServerError
+from prime_train.vllm.room import LOCK
 from prime_train.vllm.transport import FileTransport
 from prime_train.vllm.weights import Kept, cut_past, described, fill
 
@@ -128,7 +134,7 @@ def test_one_snapshot_is_held_and_none_once_it_is_cut_off_or_closed(tmp_path):
     transport = FileTransport(tmp_path)
     for _ in range(2):
         transport.publish(Weights.of(model()))
-        assert [path.name for path in transport.snapshot.parent.iterdir()] == [transport.snapshot.name]
+        assert {path.name for path in transport.snapshot.parent.iterdir()} == {transport.snapshot.name, LOCK}
 
     def cut_off():
         yield from list(Weights.of(model()).tensors)[:3]
@@ -137,8 +143,41 @@ def test_one_snapshot_is_held_and_none_once_it_is_cut_off_or_closed(tmp_path):
     weights = Weights.of(model())
     with pytest.raises(KeyboardInterrupt):
         transport.publish(Weights(manifest=weights.manifest, tensors=cut_off(), files={}))
-    assert not transport.snapshot.exists()
+    assert [path.name for path in transport.snapshot.parent.iterdir()] == [LOCK]
     transport.publish(Weights.of(model()))
     assert (transport.snapshot / "model.safetensors").exists()
     asyncio.run(transport.close([]))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_that_cannot_be_written_leave_nothing_and_the_error_says_where_and_how_much_they_need(tmp_path):
+    transport, weights = FileTransport(tmp_path), Weights.of(model())
+    transport.publish(weights)
+    kept = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, kept[1]))
+    try:
+        with pytest.raises(ServerError) as error:
+            transport.publish(Weights.of(model()))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, kept)
+    needed = nbytes(weights.manifest) / 2**30
+    said = rf"{tmp_path} has \d+.\d GiB free, and one copy of the policy takes {needed:.2g} GiB"
+    assert re.fullmatch(rf"weights could not be written: .*File too large.*; {said}",
+                        str(error.value))  # fmt: skip
+    assert [path.name for path in transport.snapshot.parent.iterdir()] == [LOCK]
+    transport.publish(Weights.of(model()))
+    assert (transport.snapshot / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_whom_the_umask_lets_read_can_read_all_of_a_snapshot(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        transport = FileTransport(tmp_path)
+        transport.publish(Weights.of(model()))
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(transport.snapshot.parent.stat().st_mode) == 0o755
+    assert stat.S_IMODE(transport.snapshot.stat().st_mode) == 0o777 & ~umask
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in transport.snapshot.iterdir()}
+    assert modes == dict.fromkeys(("model.safetensors", "config.json", "generation_config.json"), 0o666 & ~umask)

@@ -2,22 +2,25 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..config import Config
 from ..distributed import World
 from ..engine import Engine
 from ..models import LanguageModel
+from ..plan.memory import dtype_of
+from ..plan.models import policy_architecture
 from ..setup import device_of, model_path
+from ..sizes import sizes_of
 from .engine import VLLMEngine
 from .ipc import ALLOW_PICKLES, IpcTransport
 from .leading import LeadingEngine
 from .nccl import NcclTransport
+from .room import SHARED_MEMORY, Room, sweep
 from .server import ServerProcess, command_line
 from .transport import FileTransport, Transport
 
-SHARED_MEMORY = Path("/dev/shm")
 OWN = "vllm"
 """Directory in the run's directory."""
 
@@ -26,17 +29,22 @@ def vllm_engine(config: Config, policy: LanguageModel, eos: Sequence[int], world
     """The engine of this process among those of the run."""
     if world.size == 1:
         return engine_of_servers(config, policy, eos, config.run.patience)
-    # The others wait for the process that waits for servers, which has to give up before they do.
-    return LeadingEngine(lambda: engine_of_servers(config, policy, eos, config.run.patience / 4), policy, world)
+    # While weights are gathered the others cannot be told that a server is waited for: it is given up before this
+    # process is.
+    deadline = config.run.patience / 2
+    return LeadingEngine(lambda waiting: engine_of_servers(config, policy, eos, deadline, waiting), policy, world)
 
 
-def engine_of_servers(config: Config, policy: LanguageModel, eos: Sequence[int], deadline: float) -> VLLMEngine:
+def engine_of_servers(
+    config: Config, policy: LanguageModel, eos: Sequence[int], deadline: float,
+    waiting: Callable[[], None] = lambda: None,
+) -> VLLMEngine:  # fmt: skip
     """Over the servers of `vllm.servers`, or over one that will be started by what stands there instead."""
     section = config.vllm
-    process = None if section.urls else server_process(config, policy, deadline)
+    process = None if section.urls else server_process(config, policy)
     return VLLMEngine(
         policy, transport_of(config), eos=eos, deadline=deadline, urls=section.urls, process=process,
-        sleeps=section.sleeps,
+        sleeps=section.sleeps, waiting=waiting,
     )  # fmt: skip
 
 
@@ -50,6 +58,17 @@ def transport_of(config: Config) -> Transport:
     return FileTransport(weights_directory(config))
 
 
+def room_of(config: Config) -> Room:
+    """What a run with this configuration finds for its weights, once it has removed what dead runs left there.
+
+    Raises:
+        Unplannable: nobody knows the policy's size; says why.
+    """
+    directory = weights_directory(config)
+    sweep(directory)
+    return Room.now(directory, sizes_of(policy_architecture(config)).parameters * dtype_of(config).itemsize)
+
+
 def weights_directory(config: Config) -> Path:
     """Where refreshed weights travel: shared memory, or for servers elsewhere the run's directory, on a file system
     that they and the trainer share."""
@@ -58,7 +77,7 @@ def weights_directory(config: Config) -> Path:
     return config.run.dir.absolute() / OWN
 
 
-def server_process(config: Config, policy: LanguageModel, deadline: float) -> ServerProcess:
+def server_process(config: Config, policy: LanguageModel) -> ServerProcess:
     """On a CPU without compilation, which needs tools that are often not there, and within `rollout.cache_gib`."""
     on_cpu, transport = device_of(config).type == "cpu", config.vllm.transport
     longest = config.data.max_prompt_tokens + config.rollout.max_tokens
@@ -74,5 +93,5 @@ def server_process(config: Config, policy: LanguageModel, deadline: float) -> Se
     if transport == "ipc":
         environment |= ALLOW_PICKLES
     return ServerProcess(
-        command, log=config.run.dir / OWN / "server.log", deadline=deadline, environment=environment
+        command, log=config.run.dir / OWN / "server.log", deadline=config.run.patience, environment=environment
     )  # fmt: skip

@@ -2,7 +2,7 @@
 
 
 class ServerError(RuntimeError):
-    """A server cannot be used; says which, by its URL, and why."""
+    """A server cannot be used, and says which, by its URL, or weights cannot be put where it reads them; and why."""
 
 
 class Unavailable(ServerError):

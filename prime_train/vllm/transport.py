@@ -4,23 +4,26 @@
 transfer, whose four routes `Update` asks: its HTTP side by HTTP, its tensors through NCCL and CUDA IPC.
 """
 
-import os
+import asyncio
 import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..snapshot import Weights, write_snapshot
-from .client import Server, together
+from safetensors import SafetensorError
+
+from ..snapshot import Weights, nbytes, write_snapshot
+from .client import FIRST_PAUSE, Server, together
 from .errors import ServerError
+from .room import Claim, Room
 
 
 class Transport(Protocol):
     """Weights are published once and loaded at least once: a server that was started anew needs them again.
 
     Raises:
-        ServerError: from `load`, where a server cannot be given the weights in time; says which and why.
+        ServerError: from `load`, where a server cannot be given the weights in time; says which and why. From
+            `publish`, where there is no place for them; says where.
     """
 
     def publish(self, weights: Weights) -> None:
@@ -41,36 +44,51 @@ class FileTransport:
     """Snapshots as safetensors in a directory of their own below `directory`, which the servers must see as well, by
     the same name.
 
-    In shared memory a snapshot costs a copy. One is held at a time, and is complete where its directory exists.
+    In shared memory a snapshot costs a copy. One is held at a time, and is complete where its directory exists. What a
+    killed process left is removed when the next one starts.
+
+    Raises:
+        ServerError: nothing can be written there.
     """
 
     def __init__(self, directory: Path) -> None:
-        directory.mkdir(parents=True, exist_ok=True)
-        self._root = Path(tempfile.mkdtemp(prefix=f"prime-weights-{os.getpid()}-", dir=directory))
-        # Servers may run as another user.
-        self._root.chmod(0o755)
+        try:
+            self._claim = Claim(directory)
+        except OSError as error:
+            raise ServerError(f"{directory}: there can be no snapshots of weights: {error}") from error
         self._count = 0
 
     @property
     def snapshot(self) -> Path:
-        return self._root / f"snapshot-{self._count}"
+        return self._claim.path / f"snapshot-{self._count}"
 
     def publish(self, weights: Weights) -> None:
         shutil.rmtree(self.snapshot, ignore_errors=True)
-        partial = self._root / "partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        write_snapshot(partial, weights)
+        try:
+            self._write(weights)
+        except (OSError, SafetensorError) as error:
+            room = Room.now(self._claim.directory, nbytes(weights.manifest))
+            raise ServerError(f"weights could not be written: {error}; {room}") from error
+
+    def _write(self, weights: Weights) -> None:
+        """All of them or nothing."""
+        partial = self._claim.path / "partial"
+        try:
+            partial.mkdir()
+            write_snapshot(partial, weights)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
         self._count += 1
         partial.rename(self.snapshot)
 
     async def load(self, servers: Sequence[Server], version: str) -> None:
         # Always with the path: without one vLLM loads again what it was started with.
         body = {"method": "reload_weights", "kwargs": {"weights_path": str(self.snapshot)}}
-        await together(server.call("POST", "/collective_rpc", body) for server in servers)
+        await together(server.call("POST", "/collective_rpc", body, long=True) for server in servers)
 
     async def close(self, servers: Sequence[Server]) -> None:
-        shutil.rmtree(self._root, ignore_errors=True)
+        self._claim.release()
 
 
 class Update:
@@ -82,6 +100,27 @@ class Update:
 
     def __init__(self, servers: Sequence[Server]) -> None:
         self.servers = servers
+
+    async def settle(self) -> None:
+        """Has servers be done with an update that an earlier trainer began and did not finish.
+
+        While one is open vLLM refuses any other, and the tensors of one that failed on the way it counts among the next
+        one's. An update of nothing ends both: when vLLM finishes, it puts back what did not come.
+        """
+
+        async def one(server: Server) -> None:
+            try:
+                await server.attempt("POST", "/start_weight_update")
+            except ServerError:  # one is open, and after a refusal vLLM hangs up
+                await asyncio.sleep(FIRST_PAUSE)
+            try:
+                await server.attempt("POST", "/finish_weight_update")
+            except ServerError as error:
+                raise ServerError(
+                    f"{error}; the server cannot end what an earlier run may have left half done: restart {server.url}"
+                ) from None
+
+        await together(one(server) for server in self.servers)
 
     async def init(self, infos: Sequence[dict[str, Any]]) -> None:
         await self._ask("/init_weight_transfer_engine", [{"init_info": info} for info in infos])
