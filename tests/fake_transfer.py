@@ -32,7 +32,7 @@ class Receiver:
     def __init__(self, library: str | None = None, workers: int = 1) -> None:
         self.workers = workers
         self.library = None if library is None else ctypes.CDLL(library)
-        self.updating = False
+        self.updating = self.half_done = False
         self.members: list[ctypes.c_void_p] = []
         self.init: dict[str, Any] = {}
         self.received: list[dict[str, bytes]] = [{} for _ in range(workers)]
@@ -78,12 +78,14 @@ class Receiver:
 
     def start(self) -> None:
         if self.updating:
-            raise Refused("a weight update is already active")
+            raise Refused("start_weight_update called while a weight update is already active.")
         self.updating, self.received, self.pieces = True, [{} for _ in range(self.workers)], []
 
     def update(self, info: dict[str, Any]) -> None:
         if not self.updating:
             raise Refused("start_weight_update must be called before update_weights")
+        if self.half_done:
+            raise Refused("'Parameter' object has no attribute 'weight_loader'")
         sizes = {
             name: BYTES[dtype] * math.prod(shape)
             for name, dtype, shape in zip(info["names"], info["dtype_names"], info["shapes"], strict=True)
@@ -96,7 +98,7 @@ class Receiver:
             else:
                 self.each(lambda k: self.receive(k, sizes))
         except Refused:
-            self.updating = False
+            self.updating, self.half_done = False, True
             raise
 
     def receive(self, k: int, sizes: dict[str, int]) -> None:
@@ -127,7 +129,7 @@ class Receiver:
     def finish(self) -> None:
         if not self.updating:
             raise Refused("finish_weight_update called without a matching start_weight_update")
-        self.updating = False
+        self.updating = self.half_done = False
 
     def each(self, act: Any) -> None:
         """All workers at once, as they are processes of their own."""

@@ -15,7 +15,7 @@ from prime_train.vllm.ipc import IpcTransport
 from .fake_transfer import Receiver
 from .fake_vllm import EOS, fake_vllm, faulty_proxy
 from .standin import file_buffers
-from .test_train_vllm_nccl import SEND, TAKE_UP, as_bytes, moved
+from .test_train_vllm_nccl import SEND, SETTLE, TAKE_UP, as_bytes, moved
 from .tiny import model
 
 CPU = torch.device("cpu")
@@ -56,9 +56,11 @@ def test_the_routes_are_asked_in_order_and_once_but_for_the_pieces():
         engine.refresh(0)
         start, update, finish = SEND
         pieces = [update] * len(fake.receiver.pieces)
-        assert fake.asked == [
-            "/get_world_size", "/init_weight_transfer_engine", start, *pieces, finish, *TAKE_UP,
-        ]  # fmt: skip
+        begin = ["/get_world_size", "/init_weight_transfer_engine"]
+        assert fake.asked == [*begin, *SETTLE, start, *pieces, finish, *TAKE_UP]
+        fake.asked.clear()
+        engine.refresh(1)
+        assert fake.asked == [*begin, start, *pieces, finish, *TAKE_UP]
 
 
 def test_a_server_with_more_than_one_worker_is_refused_by_name():
@@ -76,8 +78,39 @@ def test_a_server_with_more_than_one_worker_is_refused_by_name():
 )  # fmt: skip
 def test_a_fault_of_a_route_is_an_error_with_the_servers_name(path, fault):
     with fake_vllm() as (target, _), faulty_proxy(target) as (url, faults), engine_over(url) as engine:
+        if path in SEND:
+            engine.refresh(0)
         faults.at(path, fault)
         with pytest.raises(ServerError, match=f"POST {url}{path}: "):
+            engine.refresh(1)
+
+
+@pytest.mark.parametrize(("path", "fault"), [("/finish_weight_update", "cut"), ("/update_weights", "cut")])
+def test_a_server_that_a_run_left_in_the_middle_of_an_update_takes_the_next_runs(path, fault):
+    with fake_vllm() as (target, fake), faulty_proxy(target) as (url, faults):
+        with engine_over(url) as engine:
+            engine.refresh(0)
+            faults.at(path, fault)
+            with pytest.raises(ServerError, match=path):
+                engine.refresh(1)
+        assert fake.receiver.updating
+        with engine_over(url, net=moved(model())) as engine:
+            engine.refresh(0)
+            assert fake.receiver.received == [as_bytes(engine.policy)]
+
+
+def test_after_an_update_that_a_server_failed_the_next_one_is_whole():
+    with fake_vllm() as (url, fake), engine_over(url) as engine:
+        fake.receiver.half_done = True
+        engine.refresh(0)
+        assert fake.receiver.received == [as_bytes(engine.policy)]
+
+
+def test_a_server_that_cannot_end_an_update_has_to_be_restarted():
+    with fake_vllm() as (target, fake), faulty_proxy(target) as (url, faults), engine_over(url) as engine:
+        fake.receiver.updating = True
+        faults.at("/finish_weight_update", "500")
+        with pytest.raises(ServerError, match=rf"POST {url}/finish_weight_update: 500: out of luck; .*: restart {url}"):
             engine.refresh(0)
 
 

@@ -16,7 +16,7 @@ from prime_train.vllm import nccl
 from prime_train.vllm.engine import VLLMEngine
 from prime_train.vllm.errors import ServerError
 from prime_train.vllm.guard import descendants
-from prime_train.vllm.libnccl import Library
+from prime_train.vllm.libnccl import Communicator, Library
 from prime_train.vllm.nccl import NcclTransport
 from prime_train.vllm.server import ServerProcess
 
@@ -27,8 +27,9 @@ from .test_train_vllm_client import sample
 from .tiny import model
 
 CPU = torch.device("cpu")
-JOIN = ["/shutdown_weight_transfer_engine", "/get_world_size", "/init_weight_transfer_engine"]
 SEND = ["/start_weight_update", "/update_weights", "/finish_weight_update"]
+SETTLE = [SEND[0], SEND[2]]
+JOIN = ["/get_world_size", *SETTLE, "/shutdown_weight_transfer_engine", "/init_weight_transfer_engine"]
 TAKE_UP = ["/reset_prefix_cache", "/update_weight_version", "/weight_info"]
 
 
@@ -165,22 +166,101 @@ def test_a_fault_of_a_route_is_an_error_with_the_servers_name_in_time(library, p
         faulty_proxy(urls[1]) as (proxied, faults),
         engine_over(library, urls[0], proxied, deadline=1.5) as engine,
     ):
+        if path in SEND:
+            engine.refresh(0)
         faults.at(path, fault)
         began = time.monotonic()
         with pytest.raises(ServerError, match=path) as error:
-            engine.refresh(0)
+            engine.refresh(1)
         # Where all wait for one, it is named among them.
         assert (proxied if fault == "hang" else f"POST {proxied}{path}: ") in str(error.value)
+        assert ("servers that were receiving" in str(error.value)) == (path == SEND[1])
         assert time.monotonic() - began < 6
         assert len(faults.happened) == 1
 
 
-def test_what_a_server_says_is_passed_on(library):
-    with servers(library, 1) as (urls, fakes), engine_over(library, *urls, deadline=0.5) as engine:
-        fakes[0].receiver.updating = True
-        with pytest.raises(ServerError, match=rf"{urls[0]}/shutdown.*Cannot release a trainer connection"):
+@pytest.mark.parametrize("left", ["updating", "half_done"])
+def test_a_server_that_a_trainer_left_in_the_middle_of_an_update_is_taken_over(library, left):
+    with servers(library, 1, 2) as (urls, fakes), engine_over(library, *urls) as engine:
+        setattr(fakes[1].receiver, left, True)
+        engine.refresh(0)
+        assert all(fake.receiver.received[0] == as_bytes(engine.policy) for fake in fakes)
+
+
+def test_after_a_fault_the_same_engine_makes_a_new_group(library):
+    with (
+        servers(library, 1, 1) as (urls, fakes),
+        faulty_proxy(urls[1]) as (proxied, faults),
+        engine_over(library, urls[0], proxied) as engine,
+    ):
+        faults.at(SEND[1], "500")
+        with pytest.raises(ServerError):
             engine.refresh(0)
-        fakes[0].receiver.updating = False
+        engine.refresh(1)
+        assert all(fake.receiver.received[0] == as_bytes(engine.policy) for fake in fakes)
+
+
+class Slow(Communicator):
+    """Broadcasts end some looks after they began, or never."""
+
+    looks: float = 5
+    events: list[str]
+
+    def broadcast(self, buffer):
+        self.events.append("broadcast")
+        super().broadcast(buffer)
+
+    def sent(self):
+        left = self.looks
+
+        def look():
+            nonlocal left
+            left -= 1
+            if left == 0:
+                self.events.append("sent")
+            return left <= 0
+
+        return look
+
+    def abort(self):
+        self.events.append("abort")
+        super().abort()
+
+
+@pytest.fixture
+def events(monkeypatch):
+    """What happens on the GPU, in order: "gathered" for each tensor, and what becomes of broadcasts."""
+    found = []
+    whole = Weights.of
+
+    def noted(net):
+        weights = whole(net)
+        tensors = (found.append("gathered") or pair for pair in weights.tensors)
+        return Weights(manifest=weights.manifest, tensors=tensors, files={})
+
+    monkeypatch.setattr(Weights, "of", noted)
+    monkeypatch.setattr(Slow, "events", found, raising=False)
+    monkeypatch.setattr(nccl, "Communicator", Slow)
+    return found
+
+
+def test_nothing_is_gathered_while_a_broadcast_is_under_way(library, events):
+    with servers(library, 1) as (urls, _), engine_over(library, *urls) as engine:
+        engine.refresh(0)
+        assert events.count("broadcast") > 3
+        assert all(events[i + 1] == "sent" for i, event in enumerate(events) if event == "broadcast")
+
+
+def test_a_broadcast_that_never_ends_is_given_up_in_time_and_the_group_left_before_anything_else(
+    library, events, monkeypatch
+):
+    with servers(library, 1) as (urls, _), engine_over(library, *urls, deadline=0.5) as engine:
+        engine.refresh(0)
+        events.clear()
+        monkeypatch.setattr(Slow, "looks", float("inf"))
+        with pytest.raises(ServerError, match=rf"{urls[0]}{SEND[1]}: no answer within 0.5 s; .*restart them"):
+            engine.refresh(1)
+        assert events[events.index("broadcast") + 1] == "abort"
 
 
 def test_a_group_that_never_is_complete_is_given_up_with_the_servers_names(library):

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from prime_train import cli
+from prime_train.config import Config
 from prime_train.interrupt import Interrupted
 from prime_train.packing import pack_sequences
 from prime_train.rundir import read_records
@@ -72,6 +73,16 @@ def url(tmp_path_factory):
 
 def engine_on(net, *urls, eos=(EOS,), deadline=60.0, sleeps=False):
     return VLLMEngine(net, FileTransport(Path("/dev/shm")), eos=eos, deadline=deadline, urls=urls, sleeps=sleeps)
+
+
+def asking(transport, *, longest=256):
+    """A run with sequences of so many tokens."""
+    sections = {
+        "vllm": {"transport": transport},
+        "data": {"max_prompt_tokens": longest - MAX_TOKENS},
+        "rollout": {"max_tokens": MAX_TOKENS},
+    }
+    return Config.model_validate(sections | {"model": {"policy": "sft"}, "sft": {"base": f"tiny:{SHAPE}"}})
 
 
 def prompts(count, seed=0, longest=9):
@@ -244,7 +255,7 @@ def test_weights_broadcast_to_two_workers_are_what_vllm_loads(tmp_path, monkeypa
         )  # fmt: skip
         transport = NcclTransport(torch.device("cpu"), keep=True, library=library)
         with VLLMEngine(net, transport, eos=(EOS,), deadline=READY_S, process=server) as engine:
-            assert served_version(server.url, "nccl") == "0.32.0"
+            assert served_version(server.url, asking("nccl")) == "0.32.0"
             for step in range(2):
                 engine.refresh(step)
                 assert gap(net, asked, sample(engine, asked)) < TOLERANCE
@@ -263,7 +274,7 @@ def test_weights_in_a_shared_buffer_are_what_vllm_loads(tmp_path, monkeypatch):
     server = transferring(tmp_path, "ipc", "", **ALLOW_PICKLES)
     transport = IpcTransport(torch.device("cpu"), keep=True)
     with VLLMEngine(net, transport, eos=(EOS,), deadline=READY_S, process=server, sleeps=True) as engine:
-        assert served_version(server.url, "ipc") == "0.32.0"
+        assert served_version(server.url, asking("ipc")) == "0.32.0"
         for step in range(2):
             engine.refresh(step)
             assert gap(net, asked, sample(engine, asked)) < TOLERANCE
@@ -277,9 +288,11 @@ def test_weights_in_a_shared_buffer_are_what_vllm_loads(tmp_path, monkeypatch):
 
 
 def test_what_a_server_was_not_started_for_is_told_by_itself(url):
-    assert served_version(url, "file") == "0.32.0"
+    assert served_version(url, asking("file")) == "0.32.0"
     with pytest.raises(ValueError, match="weights are transferred by files alone; start it with --weight-transfer"):
-        served_version(url, "nccl")
+        served_version(url, asking("nccl"))
+    with pytest.raises(ValueError, match=r"not 257 .*; start it with --max-model-len 257"):
+        served_version(url, asking("file", longest=257))
     # What the server says of a route that it was not started for reaches whoever runs the trainer.
     transport = IpcTransport(torch.device("cpu"), keep=False)
     with (
@@ -292,8 +305,9 @@ def test_what_a_server_was_not_started_for_is_told_by_itself(url):
 @pytest.mark.parametrize("fault", ["hang", "500", "cut", "truncated"])
 def test_a_fault_between_trainer_and_server_is_survived(url, fault):
     net, asked = model(6, SHAPE), prompts(6)
-    with faulty_proxy(url) as (proxied, faults), engine_on(net, proxied, deadline=12.0) as engine:
-        faults.at("/collective_rpc", fault)
+    with faulty_proxy(url) as (proxied, faults), engine_on(net, proxied, deadline=18.0) as engine:
+        # A server that hangs with the weights is given all of the deadline: loading takes long.
+        faults.at("/weight_info" if fault == "hang" else "/collective_rpc", fault)
         engine.refresh(0)
         faults.at(GENERATE, fault, fault)
         assert gap(net, asked, sample(engine, asked)) < TOLERANCE
@@ -361,7 +375,8 @@ def is_api_server(pid):
 def test_prime_on_vllm_improves_the_quickstarts_policy(url, tmp_path):
     words = [
         "--run.dir", str(tmp_path / "run"), "--sft.base", f"tiny:{SHAPE}", "--sft.steps", "400", "--run.steps", "5",
-        "--eval.every", "0", "--eval.prompts", "200", "--rollout.engine", "vllm", "--vllm.servers", url,
+        "--eval.every", "0", "--eval.prompts", "200", "--data.max_prompt_tokens", "128", "--rollout.engine", "vllm",
+        "--vllm.servers", url,
     ]  # fmt: skip
     assert cli.main(["run", "quickstart", *words]) == 0
     first, *steps = read_records(tmp_path / "run" / "metrics.jsonl")

@@ -40,6 +40,8 @@ class IpcTransport:
     def __init__(self, device: torch.device, *, keep: bool) -> None:
         self._device, self._keep = device, keep
         self._weights: Weights | None = None
+        self._served: list[str] = []
+        """URLs of servers whose last update is known to be finished."""
 
     def publish(self, weights: Weights) -> None:
         self._weights = replace(weights, tensors=Kept(weights.tensors)) if self._keep else weights
@@ -52,9 +54,13 @@ class IpcTransport:
                 raise ServerError(
                     f"{server.url} has {workers} workers; vllm.transport ipc reaches one, use nccl or file"
                 )
-        update = Update(servers)
+        update, urls = Update(servers), [server.url for server in servers]
         await update.init([{"packed": True}] * len(servers))
+        if self._served != urls:
+            await update.settle()
+        self._served = []
         await self._hand_over(update, self._weights)
+        self._served = urls
         if self._device.type == "cuda":
             torch.cuda.ipc_collect()
 

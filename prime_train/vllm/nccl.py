@@ -37,6 +37,8 @@ MARGIN_S = 5.0
 """By which the trainer waits longer than it lets a server wait: the server's failure has a name in it."""
 FAREWELL_S = 10.0
 """That a server may take to leave the group at the end."""
+STRANDED = "servers that were receiving may wait for the rest for ever: restart them (the run's own server is)"
+"""vLLM receives without a limit of time, and NCCL does not tell it of every member that is gone."""
 
 
 class NcclTransport:
@@ -70,8 +72,7 @@ class NcclTransport:
         update = Update(servers)
         try:
             await update.start()
-            sending = self._in_time(self._send(self._weights), servers, "a broadcast")
-            await together([sending, update.update([described(self._weights.manifest)] * len(servers))])
+            await self._broadcast(self._weights, update)
             await update.finish()
         except BaseException:
             # Some member may be in the middle of a broadcast that nobody will end.
@@ -94,8 +95,9 @@ class NcclTransport:
 
     async def _join(self, servers: Sequence[Server]) -> None:
         self._leave()
-        await together(_leaving(server) for server in servers)
         sizes = [int((await server.call("GET", "/get_world_size"))["world_size"]) for server in servers]
+        await Update(servers).settle()
+        await together(_leaving(server) for server in servers)
         *offsets, size = accumulate(sizes, initial=1)
         try:
             unique_id = self._library.unique_id()
@@ -117,19 +119,25 @@ class NcclTransport:
         await _until(self._group.ready)
         await _until(self._group.sent())
 
+    async def _broadcast(self, weights: Weights, update: Update) -> None:
+        sending = self._in_time(self._send(weights), update.servers, "a broadcast")
+        try:
+            await together([sending, update.update([described(weights.manifest)] * len(update.servers))])
+        except ServerError as error:
+            raise type(error)(f"{error}; {STRANDED}") from None
+
     async def _send(self, weights: Weights) -> None:
         assert self._group is not None
         tensors = iter(weights.tensors)
-        earlier = self._group.sent()
         for piece in cut_past(weights.manifest, PACKED_BYTES):
-            # Freed while it is still being sent, its memory is given to nothing but later work of the same stream.
             buffer = torch.empty(nbytes(piece), dtype=torch.uint8, device=self._device)
             fill(buffer, piece, tensors)
-            await _until(earlier)  # no more than two at a time
             self._group.broadcast(buffer)
             await _until(self._group.ready)
-            earlier = self._group.sent()
-        await _until(earlier)
+            # Before anything else is asked of the GPU. Gathering and filling the next piece meanwhile would save little
+            # and hang for ever where a server dies: a copy to or from the host and the allocator's cudaFree wait for
+            # the broadcast inside CUDA, where no limit of time applies.
+            await _until(self._group.sent())
 
     async def _in_time(self, work: Coroutine[Any, Any, None], servers: Sequence[Server], what: str) -> None:
         limit = max(server.deadline for server in servers) + MARGIN_S
