@@ -5,6 +5,7 @@ other number saved, sharded or not. Of a model there is what is trained, and of 
 generators is not in them: everything random is drawn from the seed and the step.
 """
 
+import gc
 import json
 import warnings
 from collections.abc import Mapping
@@ -71,7 +72,7 @@ class Checkpoints:
         self.directory, self._keep, self._keep_every, self._config = directory, keep, keep_every, config
         self._world, self._writers = world, world.apart()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._saving: Future[None] | None = None
+        self._saving: Future[str] | None = None
 
     def latest(self) -> Path | None:
         """The newest complete one, the same on all processes. Collective."""
@@ -104,7 +105,12 @@ class Checkpoints:
         """
         saving, self._saving = self._saving, None
         if saving is not None:
-            saving.result()
+            self._world.each(lambda: _raise(saving.result()))
+
+    def failed(self) -> bool:
+        """Whether what is being saved has failed by now, which `wait` then tells. Collective."""
+        saving = self._saving
+        return self._world.any(saving is not None and saving.done() and bool(saving.exception() or saving.result()))
 
     def load(self, path: Path, trained: Trained) -> Progress:
         """Restores models and optimizers in place. Collective.
@@ -123,20 +129,27 @@ class Checkpoints:
             )  # fmt: skip
         return self._world.first(lambda: progress_at(path))
 
-    def _write(self, final: Path, staged: dict[str, Any], progress: str) -> None:
-        """Runs beside the training, with a process group of its own."""
+    def _write(self, final: Path, staged: dict[str, Any], progress: str) -> str:
+        """Runs beside the training, with a process group of its own.
+
+        Gives what went wrong, if anything did, in words: an exception would keep all that was staged.
+        """
         world = self._writers
         try:
             partial = world.first(lambda: saved.begin(final))
-            dcp.save(staged, storage_writer=_Writer(partial), process_group=world.group, no_dist=world.group is None)
+            # What is staged is on the host. To copy ahead from a GPU torch would ask for a stream in this thread, whose
+            # GPU is the first one on every process.
+            writer = _Writer(partial, per_thread_copy_ahead=0)
+            dcp.save(staged, storage_writer=writer, process_group=world.group, no_dist=world.group is None)
             world.first(lambda: saved.complete(final, progress, {CONFIG: self._config}))
         except (Exception, CheckpointException) as error:
             # Each process says it of itself, and the one that leads removes what there is: none writes any more.
-            raise (saved.unwritable(final, _why(error)) if world.leads else CheckpointError(_why(error))) from error
+            return saved.unwritable(final, _why(error)) if world.leads else _why(error)
         try:
             world.first(lambda: saved.retire(self.directory, keep=self._keep, keep_every=self._keep_every))
         except OSError as error:
-            raise CheckpointError(f"older checkpoints than {final} could not be removed: {error}") from error
+            return f"older checkpoints than {final} could not be removed: {error}"
+        return ""
 
 
 def progress_at(path: Path) -> Progress:
@@ -144,16 +157,16 @@ def progress_at(path: Path) -> Progress:
     return Progress(**json.loads((path / saved.PROGRESS).read_text()))
 
 
-def load_weights(path: Path, name: str, model: LanguageModel) -> None:
-    """Gives a whole model its weights in a checkpoint of any number of processes; optimizers are not read.
+def load_weights(path: Path, name: str, model: LanguageModel, world: World = ALONE) -> None:
+    """Gives a model its weights in a checkpoint of any number of processes; optimizers are not read. Collective.
 
     Raises:
         CheckpointRefused: it is damaged, or of another model; nothing was changed.
     """
-    saved.refuse_damaged(path)
-    _refuse_other_models(path, {name: model})
+    world.first(lambda: saved.refuse_damaged(path))
+    world.each(lambda: _refuse_other_models(path, {name: model}))
     state: dict[str, Any] = {name: {"model": _weights(model)}}
-    _read(path, state, ALONE)
+    _read(path, state, world)
     set_model_state_dict(model, state[name]["model"], options=OPTIONS)
 
 
@@ -176,6 +189,12 @@ def _read(path: Path, state: dict[str, Any], world: World) -> None:
         dcp.load(state, checkpoint_id=path, process_group=world.group, no_dist=world.group is None)
     except CheckpointException as error:
         raise CheckpointRefused(f"the checkpoint {path} cannot be read: {_why(error)}") from error
+
+
+def _raise(failed: str) -> None:
+    if failed:
+        gc.collect()  # the tracebacks of what failed have all that was staged
+        raise CheckpointError(failed)
 
 
 def _why(error: BaseException) -> str:

@@ -1,5 +1,6 @@
 """The `prime-train` command."""
 
+import faulthandler
 import signal
 import sys
 from collections.abc import Sequence
@@ -12,7 +13,10 @@ from .verify.sandbox import SandboxUnavailable
 from .vllm.errors import ServerError
 
 if TYPE_CHECKING:
+    from .checkpoints import Progress
     from .distributed import World
+    from .interrupt import Interrupts
+    from .view import View
 
 USAGE = """prime-train COMMAND …
 
@@ -21,7 +25,8 @@ USAGE = """prime-train COMMAND …
   sft CONFIG [--section.key value …]               the SFT stage alone
   eval CONFIG [--section.key value …]              accuracy of the newest checkpoint on the held-out prompts
   plan CONFIG [--section.key value …]              will it fit, how long will a step take; here, or on
-      [--gpus N] [--memory GIB]                    N GPUs of so much memory
+      [--gpus N] [--memory GIB]                    N GPUs of so much memory each,
+      [--host-memory GIB]                          in hosts of so much,
       [--tflops T] [--bandwidth GB/S]              that achieve so much
   export CONFIG|RUN_DIR --out DIR [--model prm]    a checkpoint's policy or PRM, for transformers and vLLM
   verify FILE.jsonl [--out SCORES.jsonl]           score a file of responses
@@ -31,6 +36,8 @@ USAGE = """prime-train COMMAND …
 
 CONFIG is a TOML file or the name of a shipped one: {}.
 """
+OWN_HELP = ("export", "verify", "report")
+"""Commands that print their own options."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,12 +49,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "report": _report,
         "doctor": _doctor, "keys": _keys,
     }  # fmt: skip
-    if command in ("-h", "--help", "help"):
+    asked = command in commands and command not in OWN_HELP and not {"-h", "--help"}.isdisjoint(words)
+    if asked or command in ("-h", "--help", "help"):
         print(USAGE.format(", ".join(shipped())), end="")
         return 0
     if command not in commands:
         print(f"prime-train: no command {command!r}; there are {', '.join(commands)}", file=sys.stderr)
         return 2
+    if not faulthandler.is_enabled():
+        faulthandler.enable()  # where NCCL ends a process that waits in vain, it shows in which function
     try:
         return commands[command](words)
     except (ConfigError, CheckpointRefused) as error:
@@ -62,7 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(words: list[str]) -> int:
-    from . import checks, prime, setup, sft
+    from . import checks, setup
+    from .interrupt import Interrupts
     from .plan import command
     from .rundir import completed
     from .view import View
@@ -79,39 +90,48 @@ def _run(words: list[str]) -> int:
     setup.quiet_transformers()
     progress = completed(config)
     note = command.refuse_too_large(config, force=force) if progress is None else None
-    with setup.joined_world(config) as world:
-        view = View(quiet=not world.leads)
-        if note:
-            view.warn(note)
-        if progress is None:
-            if config.model.policy == setup.SFT and sft.train(config, view, world) is None:
-                view.say("stopped; the same command goes on from here")
-                return _stopped(world)
-            progress = prime.train(config, view, world)
-        if progress.step < config.run.steps or not progress.evaluated:
-            place = f"after step {progress.step}, saved in {config.run.dir}"
-            view.say(f"stopped {place}; the same command goes on from here")
-            return _stopped(world)
-    if world.leads:
-        from .report import draw
+    with Interrupts() as interrupts:
+        with setup.joined_world(config) as world:
+            view = View(quiet=not world.leads)
+            if note:
+                view.warn(note)
+            progress = progress or _trained(config, view, world, interrupts)
+            if progress is None or progress.step < config.run.steps or not progress.evaluated:
+                place = f" after step {progress.step}, saved in {config.run.dir}" if progress else ""
+                view.say(f"stopped{place}; the same command goes on from here")
+                return _stopped(world, interrupts)
+        if world.leads:
+            from .report import draw
 
-        view.say(f"complete: {progress.step} steps in {progress.seconds:.0f} s; curves in {draw([config.run.dir])}")
+            view.say(f"complete: {progress.step} steps in {progress.seconds:.0f} s; curves in {draw([config.run.dir])}")
     return 0
+
+
+def _trained(config: Config, view: "View", world: "World", interrupts: "Interrupts") -> "Progress | None":
+    """Where PRIME stands at its end, or where it was stopped; None if that was before it began."""
+    from . import prime, setup, sft
+
+    if config.model.policy == setup.SFT:
+        directory = sft.train(config, view, world, interrupts)
+        if directory is None or world.any(interrupts.requested):
+            return None
+    return prime.train(config, view, world, interrupts)
 
 
 def _sft(words: list[str]) -> int:
     from . import checks, setup, sft
+    from .interrupt import Interrupts
     from .view import View
 
     config = _config("sft", words)
     checks.refuse_impossible(config)
     setup.keep_freed_memory()
     setup.quiet_transformers()
-    with setup.joined_world(config) as world:
+    with Interrupts() as interrupts, setup.joined_world(config) as world:
         view = View(quiet=not world.leads)
-        directory = sft.train(config, view, world)
+        directory = sft.train(config, view, world, interrupts)
         view.say(f"SFT model in {directory}" if directory else "stopped; the same command goes on from here")
-        return 0 if directory else _stopped(world)
+        return 0 if directory else _stopped(world, interrupts)
 
 
 def _eval(words: list[str]) -> int:
@@ -146,11 +166,9 @@ def _export(words: list[str]) -> int:
     return export(words)
 
 
-def _stopped(world: "World") -> int:
+def _stopped(world: "World", interrupts: "Interrupts") -> int:
     """After a request to stop that was met: SIGTERM, of a scheduler that wants the machine, is no failure."""
-    from .interrupt import Interrupts
-
-    return 0 if world.any(Interrupts.last == signal.SIGTERM) else 130
+    return 0 if world.any(interrupts.last == signal.SIGTERM) else 130
 
 
 def _verify(words: list[str]) -> int:

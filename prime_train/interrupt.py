@@ -2,7 +2,6 @@
 
 import signal
 from types import FrameType, TracebackType
-from typing import ClassVar
 
 
 class Interrupted(Exception):
@@ -12,15 +11,18 @@ class Interrupted(Exception):
 class Interrupts:
     """Within it the first SIGINT or SIGTERM is a request; a SIGINT after that stops the program at once.
 
-    A further SIGTERM does not: schedulers and torchrun each send their own for one and the same stop.
+    A further SIGTERM does not: schedulers and torchrun each send their own for one and the same stop. So one is around
+    all that a command does, from before models are loaded until the last checkpoint is written.
     """
 
-    last: ClassVar[int | None] = None
-    """The last request's signal."""
-
     def __init__(self) -> None:
-        self.requested = False
+        self.last: int | None = None
+        """The last request's signal; None before there is one."""
         self._before: dict[signal.Signals, object] = {}
+
+    @property
+    def requested(self) -> bool:
+        return self.last is not None
 
     def check(self) -> None:
         if self.requested:
@@ -40,5 +42,4 @@ class Interrupts:
     def _request(self, number: int, frame: FrameType | None) -> None:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.requested = True
-        Interrupts.last = number
+        self.last = number

@@ -3,6 +3,8 @@
 import contextlib
 import re
 import resource
+import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .advantages import Advantages
+from .distributed import ALONE, World
 from .mismatch import Mismatch
 from .policy import PolicyUpdate
 from .prm import PRMUpdate, pairwise_accuracy, sequence_sums
@@ -20,6 +23,9 @@ from .rollouts import Collected
 
 RARE = -3.0
 """Log-prob under the reference (p = 0.05) below which a token counts as rare."""
+
+NEARLY = 0.9
+"""Of the patience: when a stage's name is told, since after all of it NCCL ends the process without a word of ours."""
 
 Figures = dict[str, float]
 
@@ -141,33 +147,54 @@ def short_batch(collected: Collected, wanted: int) -> str:
 class Clock:
     """Seconds and peak memory by stage, the device's queued work included. Stages come one after the other.
 
-    What a stage raises is told with its name and `where`.
+    What a stage raises is told with its name, step and process, and so is, on stderr, a stage of several processes that
+    takes nearly as long as they wait for each other.
     """
 
-    def __init__(self, device: torch.device, where: str = "") -> None:
-        self.device, self.where = device, where
+    def __init__(self, world: World = ALONE) -> None:
+        self._world = world
+        self.step = 0
+        """Of the stages that come."""
         self.seconds: dict[str, float] = {}
         self.peaks: dict[str, float] = {}
         """GiB."""
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
-        reset_peak_memory(self.device)
+        device, where = self._world.device, f"in stage {stage!r} of step {self.step}, {self._world}"
+        reset_peak_memory(device)
         began = time.perf_counter()
         try:
-            yield
+            with self._told_if_long(where):
+                yield
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
         except Exception as error:
-            error.add_note(f"in stage {stage!r} of {self.where}")
+            error.add_note(where)
             raise
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - began
-        self.peaks[stage] = max(self.peaks.get(stage, 0.0), peak_memory_gib(self.device))
+        self.peaks[stage] = max(self.peaks.get(stage, 0.0), peak_memory_gib(device))
+
+    @contextmanager
+    def _told_if_long(self, where: str) -> Iterator[None]:
+        """From a thread: this one may wait for the device and never come back."""
+        if self._world.size == 1:
+            yield
+            return
+        patience = self._world.timeout.total_seconds()
+        text = f"{where}, for {NEARLY * patience:g} s now; no process waits for another longer than {patience:g} s"
+        watcher = threading.Timer(NEARLY * patience, lambda: print(text, file=sys.stderr, flush=True))
+        watcher.daemon = True
+        watcher.start()
+        try:
+            yield
+        finally:
+            watcher.cancel()
 
     def figures(self, tokens: int, flops: Mapping[str, float] | None = None, peak: float | None = None) -> Figures:
-        """Time, throughput and memory of the step.
+        """Time, throughput and memory since the last call, of the slowest and of the fullest process. Collective.
 
-        time/STAGE, time/step         seconds
+        time/STAGE, time/step         seconds; a checkpoint's, of the step before, are those that training stood still
         throughput/tokens_per_s       trained prompt and response tokens a second, evaluation left out
         throughput/mfu_STAGE, mfu     model FLOPs over seconds and `peak`: of a stage, of all these stages together
         memory/STAGE_gib, peak_gib    the most that was held: by the GPU's tensors; on a CPU by the process, with freed
@@ -178,16 +205,21 @@ class Clock:
             flops: model FLOPs by stage, all processes together: `flops.stage_flops`.
             peak: FLOP/s that all devices together could reach: `hardware.peak_flops` times their number.
         """
-        training = sum(seconds for stage, seconds in self.seconds.items() if stage != "eval")
+        mine = [sum(self.seconds.values()), *self.seconds.values(), *self.peaks.values()]
+        whole, *most = self._world.max(torch.tensor(mine, dtype=torch.float64)).tolist()
+        seconds = dict(zip(self.seconds, most, strict=False))
+        peaks = dict(zip(self.peaks, most[len(seconds) :], strict=True))
+        self.seconds, self.peaks = {}, {}
+        training = sum(of_stage for stage, of_stage in seconds.items() if stage != "eval")
         figures = {
-            **{f"time/{stage}": seconds for stage, seconds in self.seconds.items()},
-            "time/step": sum(self.seconds.values()),
+            **{f"time/{stage}": of_stage for stage, of_stage in seconds.items()},
+            "time/step": whole,
             "throughput/tokens_per_s": tokens / training if training else 0.0,
-            **{f"memory/{stage}_gib": peak for stage, peak in self.peaks.items()},
-            "memory/peak_gib": max(self.peaks.values(), default=0.0),
+            **{f"memory/{stage}_gib": held for stage, held in peaks.items()},
+            "memory/peak_gib": max(peaks.values(), default=0.0),
         }
-        timed = {stage: n for stage, n in (flops or {}).items() if self.seconds.get(stage)}
+        timed = {stage: n for stage, n in (flops or {}).items() if seconds.get(stage)}
         if timed and peak:
-            figures |= {f"throughput/mfu_{stage}": n / self.seconds[stage] / peak for stage, n in timed.items()}
-            figures["throughput/mfu"] = sum(timed.values()) / sum(self.seconds[stage] for stage in timed) / peak
+            figures |= {f"throughput/mfu_{stage}": n / seconds[stage] / peak for stage, n in timed.items()}
+            figures["throughput/mfu"] = sum(timed.values()) / sum(seconds[stage] for stage in timed) / peak
         return figures

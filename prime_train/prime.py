@@ -8,10 +8,12 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 
+from transformers import PreTrainedTokenizerBase
+
 from . import measures, mismatch, policy, prm
 from .advantages import advantages, padded
 from .ahead import Ahead
-from .checkpoints import Checkpoints, Progress
+from .checkpoints import Progress, load_weights, progress_at
 from .config import Config
 from .data import Stream, load_prompts, prompt_length
 from .distributed import World
@@ -20,37 +22,42 @@ from .evaluation import evaluate
 from .flops import Tokens, stage_flops, tokens_of
 from .hardware import peak_flops
 from .interrupt import Interrupted, Interrupts
+from .models import LanguageModel
 from .outcomes import Outcomes
 from .packing import pack
 from .records import Prompt
 from .rollouts import Collected, collect
 from .rundir import CHECKPOINTS, RunDirectory
 from .sampler import LocalEngine
+from .saved import newest
 from .scoring import score
-from .setup import Models, eos_tokens, load_models
+from .setup import eos_tokens, load_models, load_policy
 from .sizes import sizes_of
 from .view import View, step_summary, token_samples
 
 
-def train(config: Config, view: View, world: World) -> Progress:
-    """Trains until `run.steps`, or until interrupted, and returns where it stands. Collective.
+def train(config: Config, view: View, world: World, interrupts: Interrupts) -> Progress:
+    """Trains until `run.steps`, or until a stop is requested, and returns where it stands. Collective.
 
     Goes on from the newest checkpoint in `run.dir`, if there is one. All processes hold the same batch on the host and
     compute the same from it, each what models have to do with its share of it.
     """
     models = load_models(config, world)
-    run = RunDirectory(config, config.run.dir, world)
+    run = RunDirectory(config, config.run.dir, world, view.warn)
     progress = run.resume(models.trained)
+    if world.any(interrupts.requested):
+        return progress  # nothing has been done since that could be saved
     tokenizer, layout = models.tokenizer, models.layout
     stream = Stream(
         load_prompts(config.data, tokenizer, held_out=False), prompt_length, seed=config.run.seed,
         max_tokens=config.data.max_prompt_tokens, position=progress.position, dropped=progress.too_long,
     )  # fmt: skip
-    held_out = held_out_prompts(config, models)
+    held_out = held_out_prompts(config, tokenizer)
     relative_to = config.prm.reference if models.prm is not None else None
     step_pattern = config.prm.step_pattern if config.prm.granularity == "step" else None
     sizes = {name: sizes_of(model.transformer.config) for name, model in models.named.items()}
     peak = world.size * peak_flops(world.device, models.policy.compute_dtype)
+    clock = measures.Clock(world)
     rollouts = world.apart()  # a batch may be sampled in a thread while this one trains
 
     def batch_of(step: int, check: Callable[[], None]) -> Collected:
@@ -66,22 +73,22 @@ def train(config: Config, view: View, world: World) -> Progress:
         return found
 
     with (
-        rollout_engine(config, models, rollouts) as engine,
+        rollout_engine(config, models.policy, tokenizer, rollouts) as engine,
         Outcomes(config.verify, rollouts) as outcomes,
-        Interrupts() as interrupts,
         view.bar("PRIME", config.run.steps, progress.step) as advance,
         Ahead(batch_of, interrupts.check, ahead=config.rollout.ahead, last=config.run.steps) as batches,
     ):
         engine.refresh(progress.step)
         if not progress.evaluated:
-            with suppress(Interrupted):
+            clock.step = progress.step + 1
+            with suppress(Interrupted), clock("eval"):
                 figures = evaluation()
                 run.add(progress.step, figures)
                 view.say(f"before step {progress.step + 1}: {measures.described(figures)}")
                 progress = replace(progress, evaluated=True)
 
         for step in range(progress.step + 1, config.run.steps + 1):
-            clock = measures.Clock(models.policy.device, f"step {step}, {world}")
+            clock.step = step
             try:
                 with clock("rollout"):
                     if world.any(interrupts.requested):
@@ -152,26 +159,27 @@ def train(config: Config, view: View, world: World) -> Progress:
             )  # fmt: skip
             run.log(step, figures)
             advance(step_summary(figures))
-            if last or (config.run.checkpoint_every and step % config.run.checkpoint_every == 0):
-                with clock("checkpoint"):
-                    run.checkpoints.save(progress, models.trained)
+            due = last or (config.run.checkpoint_every > 0 and step % config.run.checkpoint_every == 0)
+            with clock("checkpoint"):
+                run.save(progress, models.trained, due=due)
 
-    run.finish(progress, models.trained)
+    with clock("checkpoint"):
+        run.finish(progress, models.trained)
     return progress
 
 
 def evaluate_newest(config: Config, world: World) -> tuple[int, measures.Figures]:
     """Accuracies of the newest checkpoint, or of the starting point where there is none, and its step. Collective."""
-    models = load_models(config, world)
-    checkpoints = Checkpoints(config.run.dir / CHECKPOINTS, keep=config.run.keep_checkpoints, world=world)
-    latest = checkpoints.latest()
-    progress = checkpoints.load(latest, models.trained) if latest else Progress()
-    with rollout_engine(config, models, world) as engine, Outcomes(config.verify, world) as outcomes:
-        engine.refresh(progress.step)
-        figures, _ = evaluate(
-            config.eval, config.rollout, held_out_prompts(config, models), engine, outcomes, models.tokenizer
-        )
-    return progress.step, figures
+    model, tokenizer = load_policy(config, world)
+    step, latest = 0, world.first(lambda: newest(config.run.dir / CHECKPOINTS))
+    if latest:
+        load_weights(latest, "policy", model, world)
+        step = world.first(lambda: progress_at(latest)).step
+    prompts = held_out_prompts(config, tokenizer)
+    with rollout_engine(config, model, tokenizer, world) as engine, Outcomes(config.verify, world) as outcomes:
+        engine.refresh(step)
+        figures, _ = evaluate(config.eval, config.rollout, prompts, engine, outcomes, tokenizer)
+    return step, figures
 
 
 def seed_of(config: Config, step: int) -> int:
@@ -179,17 +187,17 @@ def seed_of(config: Config, step: int) -> int:
     return config.run.seed * 1_000_003 + step
 
 
-def held_out_prompts(config: Config, models: Models) -> list[Prompt]:
+def held_out_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
     """The first `eval.prompts` ones that are not too long."""
-    prompts = load_prompts(config.data, models.tokenizer, held_out=True)
+    prompts = load_prompts(config.data, tokenizer, held_out=True)
     short = (p for p in map(prompts.__getitem__, range(len(prompts))) if len(p.tokens) <= config.data.max_prompt_tokens)
     return list(itertools.islice(short, config.eval.prompts))
 
 
-def rollout_engine(config: Config, models: Models, world: World) -> Engine:
-    eos = eos_tokens(models.tokenizer, models.policy)
+def rollout_engine(config: Config, model: LanguageModel, tokenizer: PreTrainedTokenizerBase, world: World) -> Engine:
+    eos = eos_tokens(tokenizer, model)
     if config.rollout.engine == "vllm":
         from .vllm.build import vllm_engine  # its HTTP client is for runs that have servers
 
-        return vllm_engine(config, models.policy, eos, world)
-    return LocalEngine(models.policy, eos=eos, cache_bytes=config.rollout.cache_gib * 2**30, world=world)
+        return vllm_engine(config, model, eos, world)
+    return LocalEngine(model, eos=eos, cache_bytes=config.rollout.cache_gib * 2**30, world=world)

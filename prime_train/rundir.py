@@ -5,7 +5,8 @@ Of several processes the one that leads writes, and all read. Checkpoints alone 
 
 import json
 import math
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 from .checkpoints import CONFIG, Checkpoints, Progress, Trained, progress_at
 from .config import Config
 from .distributed import ALONE, World
-from .saved import newest, steps
+from .saved import CheckpointError, newest, steps
 
 CHECKPOINTS = "checkpoints"
 """Directory of a run's checkpoints."""
@@ -30,9 +31,11 @@ class RunDirectory:
     The SFT stage has such a directory of its own in `sft/`, and leaves its model in `sft/model/`.
     """
 
-    def __init__(self, config: Config, path: Path, world: World = ALONE) -> None:
+    def __init__(
+        self, config: Config, path: Path, world: World = ALONE, warn: Callable[[str], None] = warnings.warn
+    ) -> None:
         """Collective."""
-        self.path, self._world = path, world
+        self.path, self._world, self._warn = path, world, warn
         self._tensorboard: SummaryWriter | None = None
         self._wandb: Any = None
         resolved = config.model_dump_json(indent=2)
@@ -62,13 +65,35 @@ class RunDirectory:
         self._world.first(lambda: self._forget_after(progress.step if latest else -1))
         return progress
 
+    def save(self, progress: Progress, trained: Trained, *, due: bool) -> None:
+        """Saves in the background if that is due. Collective.
+
+        Where the save before it failed, this step is saved, due or not, before training goes on: otherwise all steps
+        up to the next save could be lost with it.
+
+        Raises:
+            CheckpointError: that failed, too.
+        """
+        if not due and not self.checkpoints.failed():
+            return
+        failed = ""
+        try:
+            self.checkpoints.wait()
+        except CheckpointError as error:
+            failed = str(error)
+        if failed:
+            self._warn(f"{failed}; step {progress.step} is saved at once instead")
+        self.checkpoints.save(progress, trained)
+        if failed:
+            self.checkpoints.wait()
+
     def finish(self, progress: Progress, trained: Trained) -> None:
         """Saves what the last checkpoint has not got, waits until it is written, and closes the logs. Collective.
 
         Raises:
             CheckpointError: it could not be written.
         """
-        self.checkpoints.save(progress, trained)
+        self.save(progress, trained, due=True)
         self.checkpoints.wait()
         if self._tensorboard is not None:
             self._tensorboard.close()

@@ -127,13 +127,13 @@ def refuse_damaged(path: Path) -> None:
     )
 
 
-def unwritable(final: Path, why: str) -> CheckpointError:
+def unwritable(final: Path, why: str) -> str:
     """What to say when a checkpoint could not be written; what there is of it is removed."""
     shutil.rmtree(final.with_suffix(PARTIAL), ignore_errors=True)
     free = shutil.disk_usage(final.parent).free if final.parent.exists() else 0
     last = newest(final.parent)
     then = f"the last complete one is {last.name}, untouched" if last else "there is none before it"
-    return CheckpointError(
+    return (
         f"the checkpoint {final} could not be written: {why}; {free} bytes are free there; {then}; make room, and the "
         "same command goes on"
     )

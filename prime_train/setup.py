@@ -54,25 +54,31 @@ class Models:
 
 def load_models(config: Config, world: World = ALONE) -> Models:
     """Policy, PRM and reference, all from the SFT model unless configured otherwise, sharded over the processes."""
-    paths = {name: str(model_path(config, name)) for name in ("policy", "prm", "reference")}
-
-    def load(name: str, *, trained: bool) -> LanguageModel:
-        offload = name in config.model.offload
-        return load_sharded(config, paths[name], world, trained=trained, lora=config.model.lora, offload=offload)
-
     with_prm = config.advantage.process_coef > 0
     with_reference = config.policy.kl_coef > 0 or (with_prm and config.prm.reference == "frozen")
-    policy = load("policy", trained=True)
-    prm = load("prm", trained=config.prm.update != "none") if with_prm else None
+    policy, tokenizer = load_policy(config, world)
+    prm = load_named(config, "prm", world, trained=config.prm.update != "none") if with_prm else None
     return Models(
-        tokenizer=AutoTokenizer.from_pretrained(paths["policy"]),
+        tokenizer=tokenizer,
         policy=policy,
         policy_optimizer=optim.adamw(policy, lr=config.policy.lr, weight_decay=config.policy.weight_decay),
         prm=prm,
         prm_optimizer=optim.adamw(prm, lr=config.prm.lr) if prm is not None and config.prm.update != "none" else None,
-        reference=load("reference", trained=False) if with_reference else None,
+        reference=load_named(config, "reference", world, trained=False) if with_reference else None,
         layout=layout_of(config, policy, world),
     )
+
+
+def load_policy(config: Config, world: World = ALONE) -> tuple[LanguageModel, PreTrainedTokenizerBase]:
+    """The policy alone, as its training begins."""
+    tokenizer = AutoTokenizer.from_pretrained(str(model_path(config, "policy")))
+    return load_named(config, "policy", world, trained=True), tokenizer
+
+
+def load_named(config: Config, name: str, world: World, *, trained: bool) -> LanguageModel:
+    """The policy, PRM or reference, sharded."""
+    path, offload = str(model_path(config, name)), name in config.model.offload
+    return load_sharded(config, path, world, trained=trained, lora=config.model.lora, offload=offload)
 
 
 def load_sharded(

@@ -1,7 +1,6 @@
 """Supervised fine-tuning on demonstrations: the stage before PRIME."""
 
 import math
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,12 +14,16 @@ from .checkpoints import Progress
 from .config import SFT, Config
 from .data import Stream, demonstration_length, load_demonstrations
 from .distributed import World
+from .flops import tokens_of, training_flops
+from .hardware import peak_flops
 from .interrupt import Interrupts
+from .measures import Clock
 from .models import LanguageModel
 from .packing import Layout, micro_batches, pack_sequences
 from .records import Sequences
 from .rundir import RunDirectory
 from .setup import layout_of, load_base, sft_directory
+from .sizes import sizes_of
 from .snapshot import save_model
 from .view import View
 
@@ -31,8 +34,8 @@ CHECKPOINTS = 10
 """Over the whole stage."""
 
 
-def train(config: Config, view: View, world: World) -> Path | None:
-    """Makes the SFT model in `run.dir`/sft/model and returns that; None if interrupted, to be gone on with later.
+def train(config: Config, view: View, world: World, interrupts: Interrupts) -> Path | None:
+    """Makes the SFT model in `run.dir`/sft/model and returns that; None if a stop is requested before its last step.
     Collective."""
     directory = sft_directory(config)
     if world.first((directory / "config.json").exists):
@@ -40,8 +43,10 @@ def train(config: Config, view: View, world: World) -> Path | None:
     model, tokenizer = load_base(config, world)
     optimizer = optim.adamw(model, lr=config.sft.lr)
     trained = {"model": (model, optimizer)}
-    run = RunDirectory(config, directory.parent, world)
+    run = RunDirectory(config, directory.parent, world, view.warn)
     progress = run.resume(trained)
+    if world.any(interrupts.requested):
+        return None  # nothing has been done since that could be saved
     stream = Stream(
         load_demonstrations(config.sft.data, config.data, tokenizer), demonstration_length, seed=config.run.seed,
         max_tokens=config.data.max_prompt_tokens + config.rollout.max_tokens, position=progress.position,
@@ -49,30 +54,35 @@ def train(config: Config, view: View, world: World) -> Path | None:
     )  # fmt: skip
     steps = config.sft.steps or math.ceil(config.sft.epochs * len(stream.items) / config.sft.batch)
     layout = layout_of(config, model, world)
+    sizes, peak = sizes_of(model.transformer.config), world.size * peak_flops(world.device, model.compute_dtype)
+    clock = Clock(world)
 
-    with Interrupts() as interrupts, view.bar("SFT", steps, progress.step) as advance:
+    with view.bar("SFT", steps, progress.step) as advance:
         for step in range(progress.step + 1, steps + 1):
-            began = time.perf_counter()
-            examples = [example for chat in stream.take(config.sft.batch) for example in chat]
-            sequences = pack_sequences(examples)
-            set_learning_rate(optimizer, lr := learning_rate(config.sft, step, steps))
-            done = optim.step(model, optimizer, losses(model, sequences, layout), grad_clip=GRAD_CLIP, world=world)
-            seconds = time.perf_counter() - began
-            rate = len(sequences.tokens) / seconds
+            clock.step = step
+            with clock("sft"):
+                examples = [example for chat in stream.take(config.sft.batch) for example in chat]
+                sequences = pack_sequences(examples)
+                set_learning_rate(optimizer, lr := learning_rate(config.sft, step, steps))
+                done = optim.step(model, optimizer, losses(model, sequences, layout), grad_clip=GRAD_CLIP, world=world)
             if not done.applied:
                 kept = run.keep_nonfinite(step, sequences=sequences)
                 view.warn(f"step {step}: {kept}")
-            figures = {"loss": done.loss, "grad_norm": done.grad_norm, "lr": lr, "tokens_per_s": rate}
-            run.log(step, {f"sft/{name}": value for name, value in figures.items()})
-            advance(f"loss {done.loss:.3f}  {rate:.0f} tokens/s")
+            figures = {"sft/loss": done.loss, "sft/grad_norm": done.grad_norm, "sft/lr": lr}
+            tokens = tokens_of(sequences)
+            figures |= clock.figures(tokens.all, {"sft": training_flops(sizes, tokens)}, peak)
+            run.log(step, figures)
+            advance(f"loss {done.loss:.3f}  {figures['throughput/tokens_per_s']:.0f} tokens/s")
             progress = Progress(
-                step=step, position=stream.position, too_long=stream.dropped, seconds=progress.seconds + seconds
-            )
-            if step % max(1, steps // CHECKPOINTS) == 0:
-                run.checkpoints.save(progress, trained)
+                step=step, position=stream.position, too_long=stream.dropped,
+                seconds=progress.seconds + figures["time/step"],
+            )  # fmt: skip
+            with clock("checkpoint"):
+                run.save(progress, trained, due=step % max(1, steps // CHECKPOINTS) == 0)
             if world.any(interrupts.requested):
                 break
-    run.finish(progress, trained)
+    with clock("checkpoint"):
+        run.finish(progress, trained)
     if progress.step < steps:
         return None
     save_model(model, tokenizer, directory, world)

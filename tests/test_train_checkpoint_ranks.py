@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import time
 
 import pytest
 import torch
@@ -100,6 +101,20 @@ def test_one_process_takes_the_weights_of_several_without_their_optimizers(tmp_p
         load_weights(tmp_path / "step-000003", "policy", model(0, "24x2x3"))
 
 
+def take_weights(directory):
+    with world_of() as world:
+        net = shard(net_of(5, True, SHAPE), world)
+        load_weights(directory / "step-000003", "policy", net, world)
+        return {name: whole(p.detach()).clone() for name, p in net.named_parameters()}
+
+
+def test_several_processes_take_the_weights_alone(tmp_path):
+    written = run_ranks(1, save_there, tmp_path, 0, "tied")[0]
+    for taken in run_ranks(2, take_weights, tmp_path):
+        for name, weight in taken.items():
+            assert torch.equal(weight, written[name]), name
+
+
 # -- errors --
 
 
@@ -134,6 +149,28 @@ def test_a_process_that_cannot_write_ends_the_save_of_all_and_the_one_before_sta
     assert all(f"No space left on device (process {rank})" in words for words in said)
     assert "the last complete one is step-000001, untouched" in said[0]
     assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
+
+
+def disk_is_full_once_for(rank, directory):
+    with world_of() as world:
+        pair, warned = {"policy": trained(world, 0, 1)}, []
+        run = RunDirectory(Config(run=Run(dir=directory)), directory, world, warned.append)
+        save = torch.save
+        if world.rank == rank:
+            torch.save = _full
+        run.save(Progress(step=1), pair, due=True)
+        while not run.checkpoints.failed():
+            time.sleep(0.01)
+        torch.save = save
+        run.save(Progress(step=2), pair, due=False)
+        return warned, list(steps(directory / "checkpoints"))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_save_that_failed_on_one_process_is_made_up_for_by_all_at_the_next_step(tmp_path, rank):
+    for [warned], there in run_ranks(2, disk_is_full_once_for, rank, tmp_path):
+        assert f"No space left on device (process {rank})" in warned
+        assert there == [2]
 
 
 def killed_in_a_save(rank, directory):

@@ -1,6 +1,7 @@
 """Checkpoints: what was at the moment of the save comes back, to the bit, or is not there at all."""
 
 import threading
+import weakref
 
 import pytest
 import torch
@@ -194,6 +195,36 @@ def test_an_error_in_the_background_is_raised_by_the_next_call_and_once(tmp_path
     assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
     save(checkpoints, Progress(step=3), {"policy": net})
     assert checkpoints.latest() == tmp_path / "step-000003"
+
+
+def test_what_a_failed_save_had_staged_is_let_go_before_another_is(tmp_path, monkeypatch):
+    staged = []
+
+    def full(state, **options):
+        staged.extend(weakref.ref(tensor) for tensor in state["policy"]["model"].values())
+        save_all(state, **options)
+
+    save_all = dcp.save
+    monkeypatch.setattr(dcp, "save", full)
+    monkeypatch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    checkpoints.save(Progress(step=1), {"policy": trained()})
+    with pytest.raises(CheckpointError, match="No space left"):
+        checkpoints.wait()
+    assert staged
+    assert not any(reference() is not None for reference in staged)
+
+
+def test_the_thread_that_writes_asks_for_no_stream_of_a_gpu(tmp_path, monkeypatch):
+    ahead, write = [], dcp.FileSystemWriter.write_data
+
+    def noted(self, *args, **options):
+        ahead.append(self.per_thread_copy_ahead)
+        return write(self, *args, **options)
+
+    monkeypatch.setattr(dcp.FileSystemWriter, "write_data", noted)
+    save(Checkpoints(tmp_path, keep=1), PROGRESS, {"policy": trained()})
+    assert ahead == [0]  # torch copies with a stream of the thread's own device from 1 byte on
 
 
 def test_of_a_step_that_is_saved_the_progress_alone_is_saved_again(tmp_path):

@@ -144,3 +144,12 @@ def test_an_export_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch, 
     assert cli.main(["export", config, "--out", str(tmp_path / "out")]) == 1
     assert f"{tmp_path}/out could not be written: [Errno 28] No space left on device" in capsys.readouterr().err
     assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize("command", ["export", "report", "verify"])
+@pytest.mark.parametrize("words", [["--help"], ["runs/one", "-h"]])
+def test_commands_with_options_of_their_own_tell_them(command, words, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main([command, *words])
+    assert ended.value.code == 0
+    assert f"usage: prime-train {command}" in capsys.readouterr().out

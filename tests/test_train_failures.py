@@ -5,25 +5,31 @@ iproute2.
 """
 
 import ctypes
+import functools
+import itertools
 import os
+import pkgutil
 import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from prime_train import prm
 from prime_train.rundir import read_records
+from prime_train.saved import steps
 
-from .processes import ROOT, run_ranks, started_ranks
+from .processes import ROOT, run_alone, run_ranks, started_ranks
 from .test_train_distributed import assert_close, figures, run
-from .test_train_run import config_file
+from .test_train_run import bare, config_file
 from .tiny import saved_model
 
 CLONE_NEWNET = 0x40000000
@@ -121,6 +127,20 @@ def test_a_link_that_is_cut_ends_every_process_in_time_and_each_names_the_stage(
         assert re.search(rf"stage '\w+' of step \d+, process {rank} of 4", f"{end.output}{end.error}"), end
 
 
+def run_aborted(words: list[str]) -> int:
+    """A run that ends in the PRM's update as where NCCL's watchdog ends it, from a thread that is not Python's."""
+    prm.learn = lambda *args: os.abort()
+    return run_as_it_is(words)
+
+
+def test_a_process_that_is_aborted_shows_in_which_function(tmp_path):
+    words = command(tmp_path, saved_model(tmp_path / "model"), eval={"every": 0, "prompts": 1})
+    ended = run_alone(run_aborted, words)
+    assert ended.code == -signal.SIGABRT
+    assert "Fatal Python error: Aborted" in ended.output
+    assert "in reward_and_update" in ended.output
+
+
 # -- signals, and restarts by torchrun --
 
 
@@ -214,3 +234,54 @@ def test_sigterm_to_one_of_several_processes_stops_all_of_them_and_saves(tmp_pat
     assert [(end.code, end.result) for end in ended] == [(0, 0)] * 2, ended
     stopped = read_records(tmp_path / "run" / "metrics.jsonl")[-1]["step"]
     assert (tmp_path / "run" / "checkpoints" / f"step-{stopped:06}").is_dir()
+
+
+def run_terminated(words: list[str], *moments: tuple[str, int]) -> int:
+    """A run that SIGTERM reaches as each of these functions is called for the n-th time."""
+    bare()
+    for name, n in moments:
+        owner, _, attribute = name.rpartition(".")
+        place = pkgutil.resolve_name(owner)
+        setattr(place, attribute, terminated_by(getattr(place, attribute), n))
+    return run_as_it_is(words)
+
+
+def terminated_by(function: Callable[..., Any], n: int) -> Callable[..., Any]:
+    calls = itertools.count(1)
+
+    @functools.wraps(function)
+    def counted(*args, **options):
+        if next(calls) == n:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return function(*args, **options)
+
+    return counted
+
+
+SFT = {"base": "tiny:16x1x2", "data": "arithmetic", "steps": 2, "batch": 4}
+# What is called when the signals come, and the newest step of PRIME that is saved.
+SIGTERMS = {
+    "again in the last save": ([("prime_train.policy.update", 2), ("prime_train.saved.complete", 4)], 2),
+    "in the last save of a run that is complete": ([("prime_train.rundir.RunDirectory.finish", 2)], STEPS),
+    "in the last step of SFT": ([("prime_train.sft.learning_rate", 2)], None),
+    "while models load": ([("prime_train.prime.load_models", 1)], None),
+    "while a run resumes": ([("prime_train.rundir.RunDirectory.resume", 2)], None),
+    "while curves are drawn": ([("prime_train.report.draw", 1)], STEPS),
+    "while SFT's model is saved": ([("prime_train.sft.save_model", 1)], None),
+}
+
+
+@pytest.mark.parametrize(
+    ("moments", "newest"),
+    [pytest.param(*of, id=name, marks=[pytest.mark.slow] * (i > 2)) for i, (name, of) in enumerate(SIGTERMS.items())],
+)
+def test_sigterm_at_any_time_exits_0_and_loses_nothing(tmp_path, moments, newest):
+    words = command(tmp_path, "sft", sft=SFT)
+    ended = run_alone(run_terminated, words, *moments)
+    assert (ended.code, ended.result) == (0, 0), ended
+    assert max(steps(tmp_path / "run" / "checkpoints"), default=None) == newest
+    assert ("complete:" if newest == STEPS else "the same command goes on from here") in ended.output
+    assert not list(tmp_path.glob("run/**/*.partial"))
+    assert (tmp_path / "run" / "sft" / "model").is_dir()
+    assert run_alone(run_terminated, words).result == 0
+    assert [record["step"] for record in figures(tmp_path)] == list(range(STEPS + 1))

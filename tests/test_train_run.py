@@ -13,15 +13,17 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as tokenizer_models
 from transformers import PreTrainedTokenizerFast
 
-from prime_train import arithmetic, cli, prime
+from prime_train import arithmetic, cli, optim, prime, report, setup
 from prime_train.advantages import Advantages
 from prime_train.checkpoints import Checkpoints
 from prime_train.interrupt import Interrupted, Interrupts
 from prime_train.models import tiny_model
+from prime_train.plan import command as plan_command
 from prime_train.rundir import read_records
 from prime_train.settings import load_config
 from prime_train.setup import load_models
@@ -34,6 +36,15 @@ GSM8K = ROOT.parent / "shared" / "data" / "gsm8k"
 MEASURED = ("time/", "throughput/", "memory/")
 
 Sections = dict[str, dict[str, Any]]
+
+
+def bare() -> None:
+    """Has runs of this process, which is a test's own, train alone: nothing is planned before, no curves are drawn
+    after."""
+    planning: Any = plan_command
+    planning.refuse_too_large = lambda config, force: None
+    drawing: Any = report
+    drawing.draw = lambda runs: "a picture"
 
 
 def config_file(directory: Path, start: str, **changes: dict[str, Any]) -> str:
@@ -265,6 +276,22 @@ def test_evaluating_the_newest_checkpoint_repeats_the_runs_own_figures(tmp_path,
     capsys.readouterr()
     assert cli.main(["eval", path]) == 0
     assert capsys.readouterr().out == f"step 3: greedy {last['eval/greedy']:.3f}, sampled {last['eval/sampled']:.3f}\n"
+
+
+def test_evaluating_loads_the_policy_alone(tmp_path, model, half_right, monkeypatch):
+    path = config_file(tmp_path, model)
+    assert cli.main(["run", path, "--run.steps", "1"]) == 0
+    load_model, loaded, read = setup.load_model, [], dcp.FileSystemReader.read_data
+
+    def noted(self, plan, planner):
+        assert all(item.storage_index.fqn.startswith("policy.model.") for item in plan.items)
+        return read(self, plan, planner)
+
+    monkeypatch.setattr(setup, "load_model", lambda *args, **keys: loaded.append(args) or load_model(*args, **keys))
+    monkeypatch.setattr(dcp.FileSystemReader, "read_data", noted)
+    monkeypatch.setattr(optim, "adamw", lambda *args, **keys: pytest.fail("made an optimizer"))
+    assert cli.main(["eval", path]) == 0
+    assert len(loaded) == 1
 
 
 # -- mishaps --

@@ -1,13 +1,17 @@
 """Run directories: records end where the newest checkpoint does, and the process that leads writes them alone."""
 
 import json
+import time
 
+import pytest
 import torch
 
+from prime_train import saved
 from prime_train.checkpoints import Progress, progress_at
 from prime_train.config import Config, Run
+from prime_train.distributed import ALONE
 from prime_train.rundir import RunDirectory, completed, read_records
-from prime_train.saved import steps
+from prime_train.saved import CheckpointError, steps
 
 from .test_train_checkpoints import save, trained
 from .tiny import batch
@@ -33,6 +37,44 @@ def test_a_run_that_begins_anew_forgets_everything(tmp_path):
     RunDirectory(config_of(tmp_path), tmp_path).log(0, {"loss": 0.0})
     assert RunDirectory(config_of(tmp_path), tmp_path).resume({"policy": trained()}) == Progress()
     assert read_records(tmp_path / "metrics.jsonl") == []
+
+
+def test_a_save_that_failed_is_noticed_by_the_next_step_which_is_saved_at_once(tmp_path, monkeypatch):
+    warned = []
+    net, run = {"policy": trained()}, RunDirectory(config_of(tmp_path), tmp_path, ALONE, warned.append)
+
+    def saved_in_vain(step):
+        with monkeypatch.context() as broken:
+            broken.setattr(saved, "complete", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+            run.save(Progress(step=step), net, due=True)
+            wait_until(run.checkpoints.failed)
+            with pytest.raises(CheckpointError, match=rf"step-{step + 1:06} could not be written"):
+                run.save(Progress(step=step + 1), net, due=False)
+            run.save(Progress(step=step + 2), net, due=True)
+            wait_until(run.checkpoints.failed)
+
+    saved_in_vain(1)
+    run.save(Progress(step=4), net, due=False)
+    assert list(steps(tmp_path / "checkpoints")) == [4]
+    assert "step-000003 could not be written: [Errno 28] No space left" in warned[-1]
+    assert warned[-1].endswith("step 4 is saved at once instead")
+    saved_in_vain(5)
+    run.finish(Progress(step=8), net)
+    assert list(steps(tmp_path / "checkpoints")) == [4, 8]
+
+
+def wait_until(condition):
+    until = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def test_nothing_is_saved_that_is_not_due(tmp_path):
+    run = RunDirectory(config_of(tmp_path), tmp_path)
+    run.save(Progress(step=1), {"policy": trained()}, due=False)
+    run.checkpoints.wait()
+    assert not steps(tmp_path / "checkpoints")
 
 
 def test_figures_that_come_later_are_added_to_their_steps_record(tmp_path):

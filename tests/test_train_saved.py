@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import re
 import resource
 import shutil
 import signal
@@ -210,8 +211,28 @@ def test_the_configuration_in_the_checkpoint_is_compared_too(tmp_path, run_of_tw
 def test_the_command_ends_with_1_where_a_checkpoint_cannot_be_written(tmp_path, run_of_two_steps, capsys, monkeypatch):
     monkeypatch.setattr(saved, "complete", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     assert cli.main(["run", run_of_two_steps, "--run.steps", "4"]) == 1
-    said = capsys.readouterr().err
-    assert "step-000003 could not be written: [Errno 28] No space left on device" in said
-    assert "the last complete one is step-000002, untouched" in said
+    out, err = capsys.readouterr()
+    assert "step-000003 could not be written: [Errno 28] No space left on device" in out
+    assert err.startswith(f"prime-train: the checkpoint {tmp_path}/run/checkpoints/step-000004 could not be written: ")
+    assert "the last complete one is step-000002, untouched" in err
     monkeypatch.undo()
     assert cli.main(["run", run_of_two_steps, "--run.steps", "3"]) == 0
+
+
+def test_a_step_is_saved_at_once_where_the_save_before_it_failed(tmp_path, run_of_two_steps, capsys, monkeypatch):
+    complete, failures = saved.complete, [OSError(28, "No space left on device")]
+
+    def full_once(final, *args):
+        if failures:
+            raise failures.pop()
+        complete(final, *args)
+
+    monkeypatch.setattr(saved, "complete", full_once)
+    words = ["--run.steps", "20", "--run.checkpoint_every", "3", "--run.keep_every", "1"]
+    assert cli.main(["run", run_of_two_steps, *words]) == 0
+    [warning] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: the checkpoint")]
+    assert "step-000003 could not be written: [Errno 28] No space left on device" in warning
+    instead = int(re.search(r"step (\d+) is saved at once instead$", warning)[1])
+    assert 3 < instead <= 6
+    due = {1, 2, 6, 9, 12, 15, 18, 20}  # 1 and 2 are of the run before
+    assert set(saved.steps(tmp_path / "run" / "checkpoints")) == due | {instead}

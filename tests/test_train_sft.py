@@ -10,15 +10,15 @@ from transformers import AutoModelForCausalLM
 
 from prime_train import cli, sft
 from prime_train.config import SFT
+from prime_train.interrupt import Interrupts
 from prime_train.packing import pack_sequences
 from prime_train.rundir import read_records
 from prime_train.settings import load_config
 from prime_train.setup import joined_world
 from prime_train.view import View
 
+from .test_train_run import MEASURED
 from .tiny import FORMULA_TOLERANCE, LAYOUTS, TOKENIZER, full_logp, gradient, model, pairs, weights, write_jsonl
-
-QUIET = {"sft/tokens_per_s"}
 
 
 def config_file(directory, **changes):
@@ -36,7 +36,7 @@ def config_file(directory, **changes):
 
 def records(directory):
     found = read_records(directory / "run" / "sft" / "metrics.jsonl")
-    return [{name: value for name, value in record.items() if name not in QUIET} for record in found]
+    return [{name: v for name, v in record.items() if not name.startswith(MEASURED)} for record in found]
 
 
 def made(directory):
@@ -111,6 +111,19 @@ def test_a_stopped_stage_goes_on_to_the_same_model(tmp_path, monkeypatch):
     assert torch.equal(made(tmp_path / "stopped"), made(tmp_path / "straight"))
 
 
+def test_time_memory_and_mfu_are_logged_saves_with_the_step_after_them(tmp_path):
+    assert cli.main(["sft", config_file(tmp_path, steps=3)]) == 0
+    first, *others = read_records(tmp_path / "run" / "sft" / "metrics.jsonl")
+    for record in (first, *others):
+        assert 0 < record["time/sft"] <= record["time/step"]
+        assert record["memory/sft_gib"] > 0
+        assert 0 < record["throughput/mfu_sft"] == record["throughput/mfu"] < 1
+        assert record["throughput/tokens_per_s"] > 0
+    assert "time/checkpoint" not in first
+    for record in others:
+        assert record["time/step"] == pytest.approx(record["time/sft"] + record["time/checkpoint"])
+
+
 def test_epochs_are_passes_over_the_data(tmp_path):
     data = write_jsonl(tmp_path / "chats.jsonl", [{"problem": f"{i}+1", "solution": f"#{i + 1}"} for i in range(7)])
     path = config_file(tmp_path, data=f'"{data}"', steps=0, epochs=2.0, batch=3)
@@ -126,7 +139,7 @@ def test_a_loss_that_is_not_finite_is_skipped_kept_and_told(tmp_path, monkeypatc
     monkeypatch.setattr(sft, "losses", spoiled)
     config = load_config(config_file(tmp_path, steps=1))
     with joined_world(config) as world:
-        sft.train(config, View(), world)
+        sft.train(config, View(), world, Interrupts())
     assert (tmp_path / "run" / "sft" / "nonfinite" / "step-000001.pt").exists()
     assert "an update was skipped" in capsys.readouterr().out
     assert torch.equal(made(tmp_path), weights(model(shape="16x1x2")))
