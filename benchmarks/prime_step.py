@@ -31,6 +31,7 @@ from prime_train import arithmetic, prime, setup
 from prime_train.config import Config
 from prime_train.flops import stage_flops
 from prime_train.hardware import peak_flops
+from prime_train.interrupt import Interrupts
 from prime_train.plan import Plan
 from prime_train.plan.command import plan_here
 from prime_train.plan.durations import Lengths, batch_tokens
@@ -157,7 +158,7 @@ def planned(work: Path, workload: Workload, device: str) -> tuple[Config, Plan]:
         "verify": {"custom": "benchmarks.coin:toss", "workers": 2},
         "prm": {"mini_batch": mini_batch},
         "policy": {"mini_batch": mini_batch},
-        "eval": {"every": 0},
+        "eval": {"every": 0, "prompts": 1},  # of which there is none
     }  # fmt: skip
     config = Config.model_validate(sections)
     plan = plan_here(config, lengths)
@@ -179,7 +180,7 @@ def measure(workload: Workload, *, device: str, deadline: float) -> dict[str, An
         make_model(work / "model", workload.model, device)
         config, plan = planned(work, workload, device)
         with contextlib.suppress(Finished), setup.joined_world(config) as world:
-            prime.train(config, UntilView(workload.steps, deadline), world)
+            prime.train(config, UntilView(workload.steps, deadline), world, Interrupts())
         steps = [record for record in read_records(config.run.dir / "metrics.jsonl") if "time/step" in record]
         sizes = sizes_of(AutoConfig.from_pretrained(work / "model"))
     flops = stage_flops(config, batch_tokens(config, workload.lengths), policy=sizes)

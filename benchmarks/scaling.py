@@ -3,7 +3,7 @@
 `python -m benchmarks.scaling --out DIR` runs the same small PRIME run under torchrun with each number of processes and
 leaves DIR/scaling.json and DIR/scaling.md. The predictions are no measurements: they are what `prime-train plan` says,
 memory and time, of models of Qwen2.5's shapes, with its assumptions beside them. `--processes` without numbers predicts
-alone, which takes seconds.
+alone, which takes seconds: what DIR has of measurements stays as it is, with the environment that it is of.
 """
 
 import argparse
@@ -222,10 +222,12 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as work:
         measured = list(measure(Path(work), options.processes)) if options.processes else []
-    report = {
-        "environment": describe(torch.device("cpu")), "measured": [asdict(row) for row in measured],
-        "predicted": [asdict(row) for row in predict()], "assumptions": assumptions(),
-    }  # fmt: skip
+    report = {"environment": describe(torch.device("cpu")), "measured": [asdict(row) for row in measured]}
+    kept = options.out / "scaling.json"
+    if not options.processes and kept.exists():
+        before = json.loads(kept.read_text())
+        report = {name: before[name] for name in report}
+    report |= {"predicted": [asdict(row) for row in predict()], "assumptions": assumptions()}
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "scaling.json").write_text(json.dumps(report, indent=1) + "\n")
     (options.out / "scaling.md").write_text(tables(report))

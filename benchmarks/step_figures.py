@@ -58,6 +58,8 @@ def _pairs(plan: "Plan", flops: Mapping[str, float], peak: float) -> Iterator[tu
     training = sum(seconds[stage] for stage in flops)
     yield WHOLE, "MFU", sum(flops.values()) / training / peak, "throughput/mfu"
     for held in plan.stages:
+        if held.name not in seconds:
+            continue  # no stage of a step: evaluation
         yield held.name, "GiB", held.nbytes / GIB, f"memory/{held.name}_gib"
     yield WHOLE, "GiB", plan.peak.nbytes / GIB, "memory/peak_gib"
 

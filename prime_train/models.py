@@ -45,7 +45,8 @@ class LanguageModel(nn.Module):
         Padding stands on the right, where causal attention from real tokens does not reach it, so there is no mask.
         """
         backbone = self.transformer.get_decoder()
-        out = backbone(input_ids=micro.input_ids, position_ids=micro.position_ids, use_cache=False)
+        packed = {} if micro.cu_tokens is None else _variable_lengths(micro.cu_tokens, micro.longest)
+        out = backbone(input_ids=micro.input_ids, position_ids=micro.position_ids, use_cache=False, **packed)
         hidden = out.last_hidden_state.flatten(0, 1)[micro.at]
         return op(self.transformer.lm_head, hidden, micro.targets, *args, softcap=self.softcap, **options)
 
@@ -72,6 +73,14 @@ class LanguageModel(nn.Module):
 
     def parameter_count(self) -> int:
         return sum(p.numel() for p in self.parameters())
+
+
+def _variable_lengths(cu_tokens: Tensor, longest: int | None) -> dict[str, Any]:
+    """`FlashAttentionKwargs` of `transformers`. Without all four of them flash attention finds out from position_ids
+    what is packed, in every layer, and each time waits for the device; other implementations pass over them."""
+    return {
+        "cu_seq_lens_q": cu_tokens, "cu_seq_lens_k": cu_tokens, "max_length_q": longest, "max_length_k": longest,
+    }  # fmt: skip
 
 
 def _without_dropout(transformer: PreTrainedModel) -> None:

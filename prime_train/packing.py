@@ -149,21 +149,27 @@ def _lay_out(sequences: Sequences, chosen: Tensor, device: torch.device, packed:
     of, index = _ragged(counts)
     place = begins[of] + (lengths - counts)[of] + index  # of the response tokens themselves
     targets = input_ids[place]
-    cu_seqlens = torch.zeros(len(chosen) + 1, dtype=torch.int64)
-    cu_seqlens[1:] = counts.cumsum(0)
     return MicroBatch(
         input_ids=input_ids.view(-1, width).to(device), position_ids=column[None].to(device) if packed else None,
-        at=(place - 1).to(device), targets=targets.to(device), cu_seqlens=cu_seqlens, sequences=chosen,
+        cu_tokens=_cuts(lengths).int().to(device) if packed else None, longest=int(lengths.max()) if packed else None,
+        at=(place - 1).to(device), targets=targets.to(device), cu_seqlens=_cuts(counts), sequences=chosen,
         tokens=first[of] + index,
     )  # fmt: skip
+
+
+def _cuts(lengths: Tensor) -> Tensor:
+    """int64 [s + 1]: cumulative lengths from 0 on."""
+    return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
 
 
 def _nothing(device: torch.device, packed: bool) -> MicroBatch:
     """One token and no target: a forward and a backward that add nothing."""
     none, token = torch.zeros(0, dtype=torch.int64), torch.zeros(1, 1, dtype=torch.int64, device=device)
     return MicroBatch(
-        input_ids=token, position_ids=token if packed else None, at=none.to(device), targets=none.to(device),
-        cu_seqlens=torch.zeros(1, dtype=torch.int64), sequences=none, tokens=none,
+        input_ids=token, position_ids=token if packed else None,
+        cu_tokens=torch.tensor([0, 1], dtype=torch.int32, device=device) if packed else None,
+        longest=1 if packed else None, at=none.to(device), targets=none.to(device), cu_seqlens=_cuts(none),
+        sequences=none, tokens=none,
     )  # fmt: skip
 
 

@@ -86,6 +86,10 @@ class MicroBatch:
     """int64 [rows, length], each row one sequence padded on the right, or one row of packed sequences."""
     position_ids: Tensor | None
     """int64 [1, length] for packed sequences, where it also tells them apart."""
+    cu_tokens: Tensor | None
+    """int32 [s + 1] for packed sequences: cuts their row, as variable-length attention wants to be told."""
+    longest: int | None
+    """Tokens of the longest of packed sequences; known to the host, so that attention does not wait for the device."""
     at: Tensor
     """int64 [t]: where, among the flattened input_ids, stands the token before each response token."""
     targets: Tensor

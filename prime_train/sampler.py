@@ -20,13 +20,21 @@ from .records import Response
 GREEDY = 0.0
 CHECK_EVERY = 8
 """Tokens between looks at which rows have ended: on a GPU each look waits for the device."""
+PREFILL = 8192
+"""Prompt tokens that go through the model together, or one prompt that has more: enough to fill a GPU, and what a
+forward holds beside the cache does not grow with the prompts."""
+CHOICE = 24
+"""Bytes of each logit while tokens are drawn: it and its log-prob in fp32, probabilities and their sums in fp64."""
+CHOICES = 1 << 28
+"""Bytes that logits of rows among which tokens are drawn together may take so: rows take turns where they are many."""
 
 
 class LocalEngine:
     """The `Engine` that samples from a `LanguageModel` on its device.
 
-    Memory is bounded: as many responses are sampled together as `cache_bytes` of keys and values, and as many bytes
-    again while a cache grows, have room for. Rows that have ended are dropped from the cache. Every process samples
+    Memory is bounded: as many responses are sampled together as `cache_bytes` of keys and values have room for, beside
+    which one layer's keys are there again while its cache grows, `PREFILL` prompt tokens go through the model at once
+    and tokens are drawn within `CHOICES` bytes. Rows that have ended are dropped from the cache. Every process samples
     from its share of the prompts; where the model is sharded, each holds all of its weights meanwhile.
     """
 
@@ -116,10 +124,7 @@ class LocalEngine:
         ragged = min(map(len, prompts)) < width
         padding = torch.tensor([width - len(p) for p in prompts], device=device)
         padded = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)
-        cache = DynamicCache(config=self.model.transformer.config)
-        # Each prompt goes through the model once, then its cache serves all n responses.
-        logits = self._forward(padded, padding, cache, ragged).repeat_interleave(n, 0)
-        cache.batch_repeat_interleave(n)
+        logits, cache = self._prefill(padded, padding, ragged, n)
         # Rows still going, in the cache's order: which response each is, and its prompt's padding.
         ids, padding = torch.arange(len(prompts) * n, device=device), padding.repeat_interleave(n)
         tokens = torch.full((len(ids), max_tokens), -1, device=device)
@@ -127,6 +132,7 @@ class LocalEngine:
         ended = torch.zeros(len(ids), dtype=torch.bool, device=device)
         for step in range(max_tokens):
             chosen, logp = _choose(logits, temperature, noise[ids, step])
+            logits = logits.new_empty(0)  # the next ones take their place
             tokens[ids, step], logps[ids, step] = torch.where(ended, -1, chosen), logp
             ended |= torch.isin(chosen, self.eos)
             if step == max_tokens - 1:
@@ -141,6 +147,25 @@ class LocalEngine:
                     ids, padding, chosen, ended = ids[going], padding[going], chosen[going], ended[going]
             logits = self._forward(chosen[:, None], padding, cache, ragged)
         return _responses(tokens.cpu(), logps.cpu(), self.eos.cpu())
+
+    def _prefill(self, padded: Tensor, padding: Tensor, ragged: bool, n: int) -> tuple[Tensor, DynamicCache]:
+        """Logits [prompts × n, V] after the prompts, and their cache: each prompt goes through the model once, then its
+        cache serves all n responses."""
+        rows = max(1, PREFILL // padded.shape[1])
+        logits: Tensor | None = None
+        caches = []
+        for at in range(0, len(padded), rows):
+            caches.append(DynamicCache(config=self.model.transformer.config))
+            found = self._forward(padded[at : at + rows], padding[at : at + rows], caches[-1], ragged)
+            if logits is None:
+                logits = found.new_empty(len(padded), n, found.shape[-1])
+            logits[at : at + rows] = found[:, None]
+            del found
+        assert logits is not None
+        cache = _joined(caches)
+        if n > 1:
+            cache.batch_repeat_interleave(n)
+        return logits.flatten(0, 1), cache
 
     def _forward(self, input_ids: Tensor, padding: Tensor, cache: DynamicCache, ragged: bool) -> Tensor:
         """Logits [rows, V] after the last token; the cache grows by the input."""
@@ -159,15 +184,40 @@ def _split(n: int, most: int) -> list[int]:
     return [min(most, n - done) for done in range(0, n, most)]
 
 
+def _joined(caches: list[DynamicCache]) -> DynamicCache:
+    """The rows of all of them, layer by layer, so that one layer alone is there twice. The others are given up."""
+    first = caches[0]
+    if len(caches) > 1:
+        for layers in zip(*(cache.layers for cache in caches), strict=True):
+            for name in ("keys", "values"):
+                rows = torch.cat([getattr(layer, name) for layer in layers])
+                for layer in layers:
+                    setattr(layer, name, None)
+                setattr(layers[0], name, rows)
+                del rows
+    return first
+
+
+def choice_rows(vocabulary: int) -> int:
+    """Rows among whose logits tokens are drawn together."""
+    return max(1, CHOICES // (CHOICE * vocabulary))
+
+
 def _choose(logits: Tensor, temperature: float, noise: Tensor) -> tuple[Tensor, Tensor]:
     """A token for each row and its log-prob; noise [rows] is uniform in [0, 1)."""
+    rows = choice_rows(logits.shape[-1])
+    drawn = [_draw(*part, temperature) for part in zip(logits.split(rows), noise.split(rows), strict=True)]
+    return torch.cat([chosen for chosen, _ in drawn]), torch.cat([logp for _, logp in drawn])
+
+
+def _draw(logits: Tensor, noise: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     if temperature == GREEDY:
         logp = logits.log_softmax(-1)
         chosen = logits.argmax(-1)
     else:
         logp = (logits / temperature).log_softmax(-1)
         # In fp64: the sums must tell apart tokens far rarer than fp32's steps just below 1.
-        cumulative = logp.double().exp().cumsum(-1)
+        cumulative = logp.double().exp_().cumsum(-1)
         above = torch.searchsorted(cumulative, (noise * cumulative[:, -1])[:, None], right=True)[:, 0]
         chosen = above.clamp(max=logits.shape[-1] - 1)
     return chosen, logp.gather(-1, chosen[:, None])[:, 0]

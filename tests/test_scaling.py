@@ -1,7 +1,10 @@
 """The scaling benchmark's predictions and how they are shown."""
 
+import json
+import sys
 from dataclasses import asdict
 
+from benchmarks import scaling
 from benchmarks.scaling import SHAPES, Measured, architecture, assumptions, predict, tables
 from prime_train.sizes import sizes_of
 
@@ -34,3 +37,17 @@ def test_predictions_grow_with_gpus_and_are_marked_as_such():
 def test_what_does_not_fit_is_said_not_to():
     (row,) = predict(["72B"], [8])
     assert not row.fits
+
+
+def test_predicting_alone_keeps_what_was_measured(tmp_path, monkeypatch):
+    measured = [asdict(Measured(processes=1, status="ok", seconds=2.0, tokens_per_s=100.0))]
+    before = {"environment": {"hardware": "elsewhere"}, "measured": measured, "predicted": [], "assumptions": []}
+    (tmp_path / "scaling.json").write_text(json.dumps(before))
+    (row,) = predict(["7B"], [8])
+    monkeypatch.setattr(scaling, "predict", lambda: [row])
+    monkeypatch.setattr(sys, "argv", ["scaling", "--out", str(tmp_path), "--processes"])
+    scaling.main()
+    after = json.loads((tmp_path / "scaling.json").read_text())
+    assert (after["environment"], after["measured"]) == (before["environment"], before["measured"])
+    assert after["predicted"] == [asdict(row)]
+    assert "| 1 | 2.00 | 100 | ok |" in (tmp_path / "scaling.md").read_text()

@@ -2,14 +2,16 @@
 
 import random
 from dataclasses import replace
+from itertools import accumulate, pairwise
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AttentionInterface
 
 from prime_train.distributed import World
-from prime_train.models import idle
+from prime_train.models import idle, work_on_blocks
 from prime_train.packing import Layout, micro_batches, pack, pack_sequences, step_end_tokens
 from prime_train.records import Group, Prompt, Response
 from prime_train.scoring import token_logp
@@ -59,6 +61,12 @@ def test_a_micro_batch_is_what_naive_indexing_gives(S, layout, seed):
         assert micro.targets.tolist() == want_tokens
         assert micro.input_ids.shape[0] == (1 if layout.packed else len(micro.sequences))
         assert (micro.position_ids is None) != layout.packed
+        assert (micro.cu_tokens is None) == (micro.longest is None) != layout.packed
+        if layout.packed:
+            lengths = [len(sequence(sequences, s)[0]) for s in micro.sequences.tolist()]
+            assert micro.cu_tokens.dtype == torch.int32
+            assert micro.cu_tokens.tolist() == [0, *accumulate(lengths)]
+            assert micro.longest == max(lengths)
 
 
 @settings(max_examples=80, deadline=None)
@@ -156,6 +164,39 @@ def test_padded_and_packed_forwards_agree_to_rounding(attention):
     for packed in (False, True):
         found, _ = token_logp(net, sequences, Layout(budget=10**6, packed=packed))
         torch.testing.assert_close(found, alone, rtol=1e-5, atol=1e-6)
+
+
+def test_attention_of_variable_lengths_is_told_where_packed_sequences_end():
+    """Alone by what `transformers` hands to flash attention's varlen functions, with which it never looks at a device's
+    position_ids."""
+    told = []
+
+    def varlen(module, query, key, value, attention_mask, *, scaling, **options):
+        cuts, longest = options["cu_seq_lens_q"], options["max_length_q"]
+        assert options["cu_seq_lens_k"] is cuts
+        assert isinstance(longest, int)
+        assert options["max_length_k"] == longest
+        told.append((attention_mask, cuts.diff().tolist(), longest))
+        parts = []
+        for begin, end in pairwise(cuts.tolist()):
+            q, k, v = (t[:, :, begin:end] for t in (query, key, value))
+            parts.append(torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scaling, is_causal=True))
+        return torch.cat(parts, dim=2).transpose(1, 2), None
+
+    AttentionInterface.register("varlen_for_tests", varlen)
+    net, sequences = model(shape="16x2x2"), pack_sequences(pairs(9, seed=2))
+    alone, _ = token_logp(net, sequences, Layout(budget=1))
+    net.transformer.set_attn_implementation("varlen_for_tests")
+    for blocks in ((), ("checkpoint",)):
+        work_on_blocks(net.train(), blocks)
+        found, _ = token_logp(net, sequences, Layout(budget=40, packed=True))
+        torch.testing.assert_close(found, alone, rtol=1e-5, atol=1e-6)
+    assert all(mask is None and longest == max(lengths) for mask, lengths, longest in told)
+    assert sorted(length for _, lengths, _ in told[::2] for length in lengths) == sorted(
+        2 * sequences.cu_tokens.diff().tolist()
+    )
+    [empty] = micro_batches(sequences, torch.arange(1), Layout(budget=9, packed=True, world=World(rank=1, size=2)), CPU)
+    assert idle(net, empty) == 0
 
 
 # -- groups to batches --

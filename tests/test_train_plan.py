@@ -1,146 +1,37 @@
 """The plan against what real tensors on a CPU take, allocation by allocation, as torch's profiler reports them."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
-import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, PretrainedConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Qwen2Config
 
-from benchmarks.harness import peak_memory
-from prime_kernels import LogProbHead
-from prime_train import optim
+from benchmarks.prime_step import SHAPES
 from prime_train.config import Config
+from prime_train.distributed import World, joined
 from prime_train.hardware import DEVICES
-from prime_train.models import LanguageModel, work_on_blocks
+from prime_train.models import LanguageModel
 from prime_train.plan import Plan, make_plan, rates_of
 from prime_train.plan.activations import count_activations
+from prime_train.plan.command import verdict
 from prime_train.plan.durations import Lengths, durations_of
-from prime_train.plan.memory import crew_of, dtype_of, state_of
-from prime_train.plan.records import GIB, Cluster
-from prime_train.records import MicroBatch
+from prime_train.plan.memory import ASLEEP, STAGED, VLLM_SHARE, crew_of, state_of
+from prime_train.plan.records import GIB, PROCESS, Cluster, Item
 from prime_train.sizes import sizes_of
 
+from .plans import CPU, RATES, ROLES, TOLERANCE, Real, beyond_state, configured, on_gpus, planned, seven_billion
 from .shapes import BIG, qwen, shipped
-
-CPU = torch.device("cpu")
-TOLERANCE = 0.1
-RATES = rates_of(DEVICES["H100"], "an H100")
-ROLES = ("policy", "prm", "reference")
-
-
-def configured(width: int, rows: int, **model: object) -> Config:
-    """Micro-batches of `rows` sequences of `width` tokens, all but one of them of the response."""
-    return Config.model_validate(
-        {
-            "data": {"max_prompt_tokens": 1},
-            "rollout": {"max_tokens": width - 1, "prompts": rows, "samples": 2},
-            "model": {"dtype": "float32", "attention": "sdpa", "tokens_per_micro_batch": rows * width, **model},
-            "prm": {"mini_batch": 2 * rows},
-            "policy": {"mini_batch": 2 * rows},
-        }
-    )
-
-
-def planned(config: Config, architecture: PretrainedConfig, cluster: Cluster | None = None) -> Plan:
-    cluster = cluster or Cluster(processes=1, memory=64 * GIB, cuda=False)
-    return make_plan(config, cluster, RATES, dict.fromkeys(ROLES, architecture))  # type: ignore[arg-type]
-
-
-def on_gpus(n: int, gib: float = 80) -> Cluster:
-    return Cluster(processes=n, memory=int(gib * GIB), cuda=True)
-
-
-def seven_billion(**sections: dict) -> Config:
-    return Config.model_validate({"model": {"blocks": ["checkpoint"]}, **sections})
-
-
-def beyond_state(plan: Plan, stage: str) -> int:
-    """What a stage adds to resident weights and optimizers."""
-    items = next(s.items for s in plan.stages if s.name == stage)
-    return sum(item.nbytes for item in items if not item.name.endswith((": weights", ": optimizer")))
-
-
-class Real:
-    """The model of a configuration, its micro-batches, and what its stages allocate."""
-
-    def __init__(self, config: Config, architecture: PretrainedConfig) -> None:
-        dtype = dtype_of(config)
-        # Under FSDP weights are kept in float32 and used in the compute dtype.
-        transformer = AutoModelForCausalLM.from_config(
-            architecture, dtype=torch.float32, attn_implementation=config.model.attention
-        )
-        self.model = LanguageModel(transformer, dtype).train()
-        work_on_blocks(self.model, config.model.blocks)
-        if dtype == torch.bfloat16:
-            self.model.compute_dtype = torch.float32  # no autocast: FSDP casts
-            sharded(self.model, dtype)
-        self.optimizer = optim.adamw(self.model, lr=1e-3)
-        self.width = config.data.max_prompt_tokens + config.rollout.max_tokens
-        self.rows = config.model.tokens_per_micro_batch // self.width
-
-    def micro(self) -> MicroBatch:
-        n = self.rows * self.width
-        return MicroBatch(
-            input_ids=torch.zeros(self.rows, self.width, dtype=torch.int64), position_ids=None, at=torch.arange(n),
-            targets=torch.zeros(n, dtype=torch.int64), cu_seqlens=torch.arange(0, n + 1, self.width),
-            sequences=torch.arange(self.rows), tokens=torch.arange(n),
-        )  # fmt: skip
-
-    def policy_step(self) -> None:
-        n = self.rows * self.width
-
-        def losses() -> Iterator[torch.Tensor]:
-            for _ in range(2):
-                numbers = torch.full((n,), -1.0), torch.ones(n), torch.full((n,), 1 / n)
-                yield self.model(self.micro(), LogProbHead.ppo_loss, *numbers).loss
-
-        optim.step(self.model, self.optimizer, losses(), grad_clip=1.0)
-
-    def prm_step(self) -> None:
-        n = self.rows * self.width
-
-        def losses() -> Iterator[torch.Tensor]:
-            for _ in range(2):
-                micro = self.micro()
-                outcomes = torch.ones(self.rows)
-                yield self.model(micro, LogProbHead.prm_loss, torch.full((n,), -1.0), micro.cu_seqlens, outcomes).loss
-
-        optim.step(self.model, self.optimizer, losses(), grad_clip=1.0)
-
-    @torch.no_grad()
-    def score(self) -> None:
-        self.model(self.micro())
-
-    def peak(self, stage: Callable[[], None]) -> int:
-        stage()  # afterwards the optimizer has its moments
-        return peak_memory(stage, CPU).peak
-
-
-def sharded(model: LanguageModel, dtype: torch.dtype) -> None:
-    """Each block is a unit, tied embedding and head another."""
-    mesh = init_device_mesh("cpu", (1,))
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    embedding, head = model.transformer.get_input_embeddings(), model.transformer.get_output_embeddings()
-    ends = [[embedding, head]] if embedding.weight is head.weight else [[embedding], [head]]
-    for unit in [*([block] for block in model.transformer.get_decoder().layers), *ends, [model]]:
-        fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)
 
 
 @pytest.fixture
-def alone() -> Iterator[None]:
-    """A process group of this process."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+def world() -> Iterator[World]:
+    """Of this process alone, over which models are sharded."""
+    with joined(CPU, replicas=1, patience=60, sharded=True) as world:
+        yield world
 
 
-SHAPES = [
+SIZES = [
     # hidden, layers, vocabulary, tied, width, rows, blocks
     (64, 2, 500, False, 32, 4, ()),  # the head matters most
     (64, 8, 500, True, 64, 4, ("checkpoint",)),  # inputs of blocks do
@@ -151,7 +42,7 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize(("hidden", "layers", "vocabulary", "tied", "width", "rows", "blocks"), SHAPES)
+@pytest.mark.parametrize(("hidden", "layers", "vocabulary", "tied", "width", "rows", "blocks"), SIZES)
 def test_float32_stages_are_planned_to_a_tenth(hidden, layers, vocabulary, tied, width, rows, blocks):
     config, architecture = configured(width, rows, blocks=blocks), qwen(hidden, layers, vocabulary, tied=tied)
     plan, real = planned(config, architecture), Real(config, architecture)
@@ -169,11 +60,11 @@ def test_float32_stages_are_planned_to_a_tenth(hidden, layers, vocabulary, tied,
     ],
 )
 def test_sharded_bfloat16_stages_are_planned_to_a_tenth(
-    hidden, layers, vocabulary, tied, width, rows, blocks, alone
+    hidden, layers, vocabulary, tied, width, rows, blocks, world
 ):  # fmt: skip
     config = configured(width, rows, blocks=blocks, dtype="bfloat16")
     architecture = qwen(hidden, layers, vocabulary, tied=tied)
-    plan, real = planned(config, architecture), Real(config, architecture)
+    plan, real = planned(config, architecture), Real(config, architecture, world)
     assert beyond_state(plan, "policy") == pytest.approx(real.peak(real.policy_step), rel=TOLERANCE)
     assert beyond_state(plan, "score") == pytest.approx(real.peak(real.score), rel=TOLERANCE)
 
@@ -250,7 +141,67 @@ def test_offloaded_models_are_in_host_memory():
     plan = planned(seven_billion(model={"offload": ["policy", "prm", "reference"]}), Qwen2Config(**BIG), on_gpus(1))
     names = {item.name for stage in plan.stages for item in stage.items}
     assert not any(name.endswith((": weights", ": optimizer")) for name in names)
-    assert plan.host == 34 * sizes_of(Qwen2Config(**BIG)).parameters
+    assert plan.host[0] == Item("offloaded models", 34 * sizes_of(Qwen2Config(**BIG)).parameters)
+
+
+def test_the_memory_of_hosts_decides_where_it_is_known():
+    big = Qwen2Config(**BIG)
+    everything = seven_billion(model={"blocks": ["checkpoint"], "offload": ["policy", "prm", "reference"]})
+
+    def plan(gib: float | None) -> Plan:
+        host = None if gib is None else round(gib * GIB)
+        return planned(everything, big, replace(on_gpus(1), host=host))
+
+    needed = sum(item.nbytes for item in plan(None).host)
+    assert plan(None).fits
+    assert plan((needed + PROCESS) / GIB).fits
+    refused = plan((needed + PROCESS) / GIB - 1)
+    assert not refused.fits
+    assert refused.peak.nbytes <= refused.cluster.usable
+    assert "does not fit: each host needs" in verdict(refused, everything)
+    assert verdict(refused, everything).startswith("does not fit")
+    # Adapters need less of it; what needs more of it than there is is not said to fit.
+    changes = {change.what: change for change in refused.changes}
+    assert changes["--model.lora 32"].fits
+    small = planned(seven_billion(), big, replace(on_gpus(1), host=200 * GIB))
+    for change in small.changes:
+        assert not (change.fits and change.host > 200 * GIB), change
+
+
+def test_a_checkpoint_is_twice_in_host_memory_until_it_is_written():
+    architecture = qwen(64, 2, 500, tied=True)
+    parameters = sizes_of(architecture).parameters
+    on_gpu = planned(configured(16, 1, offload=[]), architecture, on_gpus(4))
+    assert on_gpu.host == (Item(STAGED, 2 * 12 * parameters),)  # of policy and PRM, in the shares of four processes
+    replicated = planned(configured(16, 1, replicas=2), architecture, on_gpus(4))
+    assert replicated.host == (Item(STAGED, 2 * 2 * 12 * parameters),)
+    # On a CPU in the memory that everything else is in.
+    on_cpu = planned(configured(16, 1), architecture)
+    assert on_cpu.host == ()
+    assert all(Item(STAGED, 2 * 12 * parameters) in stage.items for stage in on_cpu.stages)
+    adapters = planned(configured(16, 1, lora=8), architecture, on_gpus(1)).host
+    assert adapters == (Item(STAGED, 2 * 12 * 8 * sizes_of(architecture).linear_ends),)
+
+
+def test_offloaded_models_of_a_run_on_a_cpu_are_in_its_memory():
+    architecture = qwen(64, 2, 500, tied=True)
+    usual, offloaded = (planned(configured(16, 1, offload=o), architecture) for o in ([], ["policy"]))
+    assert next(i for i in offloaded.peak.items if i.name == "policy: weights").nbytes > 0
+    assert beyond_state(offloaded, "score") >= beyond_state(usual, "score")
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "gpus"),
+    [
+        ("qwen2.5-0.5b-gsm8k", SHAPES["qwen2.5-0.5b"], 1),
+        ("qwen2.5-1.5b-gsm8k", SHAPES["qwen2.5-1.5b"], 1),
+        ("eurus-2-7b", BIG, 8),
+    ],
+)
+def test_shipped_configurations_fit_the_gpus_that_they_are_for(name, shape, gpus):
+    plan = planned(shipped(name), Qwen2Config(**shape), on_gpus(gpus))
+    assert plan.fits
+    assert plan.largest
 
 
 def test_adapters_alone_have_gradients_and_optimizer():
@@ -268,18 +219,34 @@ def test_models_that_a_run_does_not_have_take_nothing():
     plan = planned(seven_billion(advantage={"process_coef": 0.0}), Qwen2Config(**BIG), on_gpus(8))
     names = {item.name for stage in plan.stages for item in stage.items}
     assert not any(name.startswith(("PRM", "reference")) for name in names)
-    assert [stage.name for stage in plan.stages] == ["rollout", "score", "policy"]
+    assert [stage.name for stage in plan.stages] == ["rollout", "evaluation", "score", "policy"]
     assert [duration.name for duration in plan.durations] == ["rollout", "score", "policy"]
 
 
-def test_a_server_on_other_gpus_takes_nothing_and_one_that_sleeps_its_share():
-    def rollout(servers: str) -> int:
-        sections: dict = {"rollout": {"engine": "vllm"}, "vllm": {"servers": servers}}
-        plan = planned(seven_billion(**sections), Qwen2Config(**BIG), on_gpus(8))
-        return sum(i.nbytes for s in plan.stages if s.name == "rollout" for i in s.items if i.name == "vLLM server")
+def test_a_server_of_the_runs_own_takes_its_share_of_the_gpu_unless_it_sleeps_or_has_others():
+    def server(words: str, cluster: Cluster | None = None) -> dict[str, float]:
+        sections: dict = {"rollout": {"engine": "vllm"}, "vllm": {"servers": words}}
+        plan = planned(seven_billion(**sections), Qwen2Config(**BIG), cluster or on_gpus(8))
+        return {s.name: sum(i.nbytes for i in s.items if i.name == "vLLM server") / (80 * GIB) for s in plan.stages}
 
-    assert rollout("http://10.0.0.2:8000") == 0
-    assert rollout("python --enable-sleep-mode --gpu-memory-utilization 0.4") == pytest.approx(0.4 * 80 * GIB, rel=1e-6)
+    def all_stages(share: float) -> dict[str, object]:
+        return {stage: pytest.approx(share, rel=1e-6) for stage in ("rollout", "score", "prm", "policy")}
+
+    assert server("http://10.0.0.2:8000") == all_stages(0)
+    assert server("python") == all_stages(VLLM_SHARE)
+    assert server("python --gpu-memory-utilization 0.4") == all_stages(0.4)
+    assert server("python --gpu_memory_utilization=0.4") == all_stages(0.4)
+    assert server("python --device-ids 7 --gpu-memory-utilization 0.4") == all_stages(0)
+    asleep = all_stages(ASLEEP / (80 * GIB))
+    sleeping = "python --enable-sleep-mode --gpu-memory-utilization 0.4"
+    assert server(sleeping) == asleep | {"rollout": pytest.approx(0.4, rel=1e-6)}
+    assert server("python", Cluster(processes=1, memory=64 * GIB, cuda=False)) == all_stages(0)
+
+
+def test_what_a_sleeping_server_keeps_is_among_the_assumptions():
+    sections: dict = {"rollout": {"engine": "vllm"}, "vllm": {"servers": "python --enable-sleep-mode"}}
+    plan = planned(seven_billion(**sections), Qwen2Config(**BIG), on_gpus(8))
+    assert any("while it sleeps; assumed" in line for line in plan.assumptions)
 
 
 def test_the_largest_budget_fits_and_a_tenth_more_does_not():
@@ -312,12 +279,6 @@ def test_what_does_not_fit_comes_with_changes_by_key():
         changed = planned(shipped("eurus-2-7b", "--model.blocks", "none", *others), big, on_gpus(gpus))
         assert changed.fits
         assert changed.peak.nbytes == change.nbytes
-
-
-def test_a_smaller_cache_is_suggested_where_sampling_is_too_large():
-    config = seven_billion(rollout={"cache_gib": 60.0})
-    changes = planned(config, Qwen2Config(**BIG), on_gpus(8)).changes
-    assert any(change.fits and change.what == "--rollout.cache_gib 1.0" for change in changes)
 
 
 def seconds(
@@ -360,4 +321,6 @@ def test_times_follow_the_lengths_that_are_given_and_memory_does_not():
     usual = planned(config, architecture)
     assert full.tokens == 4 * 2 * 64
     assert full.stages == usual.stages
-    assert all(a.seconds > b.seconds for a, b in zip(full.durations, usual.durations, strict=True))
+    # A model so small waits for its kernels' launches, whose number follows the longest response alone.
+    assert all(a.compute > b.compute for a, b in zip(full.durations, usual.durations, strict=True))
+    assert all(a.seconds > b.seconds for a, b in zip(full.durations[1:], usual.durations[1:], strict=True))

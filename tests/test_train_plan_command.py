@@ -1,6 +1,7 @@
 """`prime-train plan`, and what `run` does with a plan."""
 
 import pytest
+import torch
 from transformers import Qwen2Config
 
 from prime_train import cli
@@ -26,6 +27,29 @@ def test_plan_command_refuses_odd_options(capsys):
     for words in (["--gpus", "none"], ["--memory", "-1"], ["--gpus", "1.5"]):
         assert cli.main(["plan", "quickstart", *words]) == 2
         assert words[0] in capsys.readouterr().err
+
+
+def test_the_memory_of_hosts_is_an_option_and_decides(tmp_path, capsys):
+    Qwen2Config(**BIG).save_pretrained(tmp_path)
+    words = [
+        "plan", "eurus-2-7b", "--model.policy", str(tmp_path), "--gpus", "1", "--memory", "80", "--model.offload",
+        "policy,prm,reference",
+    ]  # fmt: skip
+    assert cli.main(words) == 0
+    assert "what it has is not known: --host-memory" in capsys.readouterr().out
+    assert cli.main([*words, "--host-memory", "256"]) == 1
+    printed = capsys.readouterr().out
+    assert "does not fit: each host needs" in printed
+    assert "of 255.2 GiB that can be filled of 256.0 (offloaded models" in printed
+    assert cli.main([*words, "--host-memory", "512"]) == 0
+    assert "\nfits: each host needs" in capsys.readouterr().out
+
+
+def test_a_run_on_gpus_is_planned_with_this_hosts_memory(monkeypatch):
+    monkeypatch.setattr(command, "device_of", lambda config: torch.device("cuda"))
+    monkeypatch.setattr(command, "memory_bytes", lambda device: (80 if device.type == "cuda" else 200) * GIB)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    assert command.plan_here(shipped("quickstart")).cluster.host == 200 * GIB
 
 
 def test_models_of_random_weights_are_planned_by_their_shape():

@@ -5,6 +5,8 @@ import random
 import pytest
 import torch
 
+from benchmarks.harness import peak_memory
+from prime_train import sampler
 from prime_train.packing import pack_sequences
 from prime_train.sampler import CHECK_EVERY, GREEDY, LocalEngine
 from prime_train.scoring import token_logp
@@ -129,6 +131,51 @@ def test_no_more_rows_are_sampled_together_than_the_cache_has_room_for(monkeypat
     found = sample(net, asked, n=n, cache_bytes=budget)
     assert {len(group) for group in found} == {n}
     assert budget / 3 < max(together) <= budget
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_prompts_in_pieces_give_what_all_of_them_together_give(monkeypatch, n):
+    net, asked = model(shape="32x2x2"), prompts(9, seed=4)
+    together = sample(net, asked, n=n)
+    monkeypatch.setattr(sampler, "PREFILL", 20)
+    widths = []
+    forward = net.next_token_logits
+
+    def spy(input_ids, mask, positions, cache):
+        if cache.get_seq_length() == 0:
+            widths.append(input_ids.numel())
+        return forward(input_ids, mask, positions, cache)
+
+    monkeypatch.setattr(net, "next_token_logits", spy)
+    in_pieces = sample(net, asked, n=n)
+    assert tokens_of(in_pieces) == tokens_of(together)
+    assert len(widths) > 3
+    assert max(widths) <= 20
+
+
+def test_a_prompt_that_is_longer_than_a_piece_goes_alone(monkeypatch):
+    net, asked = model(), [[6] * 9, [7] * 9]
+    together = sample(net, asked, temperature=GREEDY)
+    monkeypatch.setattr(sampler, "PREFILL", 4)
+    assert tokens_of(sample(net, asked, temperature=GREEDY)) == tokens_of(together)
+
+
+@pytest.mark.parametrize("temperature", [GREEDY, 1.0, 0.7])
+def test_rows_that_take_turns_draw_the_same_tokens(monkeypatch, temperature):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(11, 50, generator=generator)
+    noise = torch.rand(11, dtype=torch.float64, generator=generator)
+    want = sampler._choose(logits, temperature, noise)
+    monkeypatch.setattr(sampler, "CHOICES", 3 * 50 * sampler.CHOICE)
+    found = sampler._choose(logits, temperature, noise)
+    assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
+
+
+def test_tokens_are_drawn_within_the_bytes_that_are_stated(monkeypatch):
+    logits, noise = torch.randn(64, 20_000), torch.rand(64, dtype=torch.float64)
+    monkeypatch.setattr(sampler, "CHOICES", 4 * 20_000 * sampler.CHOICE)
+    peak = peak_memory(lambda: sampler._choose(logits, 1.0, noise), torch.device("cpu")).peak
+    assert sampler.CHOICES / 2 < peak <= sampler.CHOICES
 
 
 def chi_square(found, probabilities):

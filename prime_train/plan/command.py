@@ -18,15 +18,16 @@ from .records import GIB, Cluster, Plan, Unplannable
 CPU_BANDWIDTH = 15e9
 """Bytes/s that two cores copy."""
 DEFAULT_MEMORY_GIB = 80.0
-OPTIONS = ("--gpus", "--memory", "--tflops", "--bandwidth")
+OPTIONS = ("--gpus", "--memory", "--host-memory", "--tflops", "--bandwidth")
 
 
 def main(words: Sequence[str], load: Callable[[list[str]], Config]) -> int:
     """Prints the plan of a configuration; 0 if it fits into memory, 1 if not.
 
     Args:
-        words: CONFIG, `--section.key value` …, and of the cluster `--gpus` N, `--memory` GiB of each, `--tflops` and
-            `--bandwidth` (GB/s) that each achieves. Without any of them the plan is for this machine.
+        words: CONFIG, `--section.key value` …, and of the cluster `--gpus` N, `--memory` GiB of each, `--host-memory`
+            GiB of each node, `--tflops` and `--bandwidth` (GB/s) that each achieves. Without `--gpus` and `--memory`
+            the plan is for this machine.
         load: from words to the configuration.
 
     Raises:
@@ -100,33 +101,54 @@ def memory_table(plan: Plan) -> str:
 
 def time_table(plan: Plan) -> str:
     """Seconds of a step, by stage."""
-    lines = [("seconds a step", "", "computing alone", "moving bytes alone")]
-    lines += [(d.name, _seconds(d.seconds), _seconds(d.compute), _seconds(d.transfer)) for d in plan.durations]
-    lines.append(("together", _seconds(plan.seconds), "", ""))
+    lines = [("seconds a step", "", "computing alone", "moving bytes alone", "launching alone")]
+    for d in plan.durations:
+        launches = _seconds(d.launches) if d.launches else "–"
+        lines.append((d.name, _seconds(d.seconds), _seconds(d.compute), _seconds(d.transfer), launches))
+    lines.append(("together", _seconds(plan.seconds), "", "", ""))
     rate = f"{plan.tokens / plan.seconds:,.0f} tokens/s, of {plan.tokens:,} prompt and response tokens a step"
     return f"{_table(lines)}\n{rate}"
 
 
 def verdict(plan: Plan, config: Config) -> str:
     """Whether it fits, the largest budget, and what to change."""
-    fits = "fits" if plan.fits else "does not fit"
     usable, total = _gib(plan.cluster.usable), _gib(plan.cluster.memory)
-    lines = [f"{fits}: {plan.peak.name} needs {_gib(plan.peak.nbytes)} of {usable} GiB that can be filled of {total}"]
+    fits = plan.peak.nbytes <= plan.cluster.usable
+    where = f"{plan.peak.name} needs {_gib(plan.peak.nbytes)} of {usable} GiB that can be filled of {total}"
+    lines = [f"{_fits(fits)}: {where}"]
     if plan.host:
-        lines.append(f"offloaded to the memory of each host: {_gib(plan.host)} GiB")
+        lines.append(_host(plan))
+        lines.sort(key=lambda line: line.startswith("fits"))
+    if not fits and plan.peak.decided_by:
+        lines.append(f"{' and '.join(plan.peak.decided_by)} decide that, not model.tokens_per_micro_batch")
+    configured = f"configured: {config.model.tokens_per_micro_batch}"
+    if tokens_of(config) > config.model.tokens_per_micro_batch:
+        configured += f"; sequences may have {tokens_of(config)}"
     if plan.largest is not None:
-        lines.append(
-            f"largest model.tokens_per_micro_batch that fits: {plan.largest} (configured: "
-            f"{config.model.tokens_per_micro_batch}; sequences may have {tokens_of(config)})"
-            if tokens_of(config) > config.model.tokens_per_micro_batch
-            else f"largest model.tokens_per_micro_batch that fits: {plan.largest} "
-            f"(configured: {config.model.tokens_per_micro_batch})"
-        )
+        lines.append(f"largest model.tokens_per_micro_batch that fits: {plan.largest} ({configured})")
     else:
         lines.append("no model.tokens_per_micro_batch fits")
+    needed = sum(item.nbytes for item in plan.host)
     for change in plan.changes:
-        lines.append(f"  {_gib(change.nbytes)} GiB, {'fits' if change.fits else 'too much'}: {change.what}")
+        host = f" and {_gib(change.host)} GiB of each host" if change.host != needed else ""
+        lines.append(f"  {_gib(change.nbytes)} GiB{host}, {'fits' if change.fits else 'too much'}: {change.what}")
     return "\n".join(lines)
+
+
+def _host(plan: Plan) -> str:
+    """What of a node's own memory is needed, and whether it is there."""
+    items, usable = ", ".join(f"{item.name} {_gib(item.nbytes)}" for item in plan.host), plan.cluster.usable_host
+    needed = sum(item.nbytes for item in plan.host)
+    if usable is None or plan.cluster.host is None:
+        return (
+            f"each host needs {_gib(needed)} GiB of its own memory ({items}); what it has is not known: --host-memory"
+        )
+    room = f"{_gib(usable)} GiB that can be filled of {_gib(plan.cluster.host)}"
+    return f"{_fits(needed <= usable)}: each host needs {_gib(needed)} of {room} ({items})"
+
+
+def _fits(fits: bool) -> str:
+    return "fits" if fits else "does not fit"
 
 
 def _options(words: Sequence[str]) -> tuple[dict[str, float], list[str]]:
@@ -158,10 +180,12 @@ def _setting(config: Config, options: dict[str, float]) -> tuple[Cluster, Rates]
             f"model.replicas must divide the number of processes, {processes}, got {config.model.replicas}"
         )
     fp32 = dtype_of(config) == torch.float32
+    host = round(options["--host-memory"] * GIB) if "--host-memory" in options else None
     achieved = {"tflops": options.get("--tflops"), "bandwidth": options.get("--bandwidth")}
     if device.type != "cuda" and not options.keys() & {"--gpus", "--memory"}:
         local = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
-        cluster = Cluster(processes=processes, memory=memory_bytes(device) // local, cuda=False, per_node=local)
+        whole = memory_bytes(device) if host is None else host
+        cluster = Cluster(processes=processes, memory=whole // local, cuda=False, per_node=local)
         rate = measured_flops(device, dtype_of(config))
         here = Device(flops=rate, flops_fp32=rate, bandwidth=CPU_BANDWIDTH, link=CPU_BANDWIDTH)
         return cluster, rates_of(here, "this CPU", fp32=fp32, **achieved)
@@ -170,10 +194,12 @@ def _setting(config: Config, options: dict[str, float]) -> tuple[Cluster, Rates]
     if device.type == "cuda":
         name, memory = torch.cuda.get_device_name(device), memory_bytes(device)
         known = named(name) or known
+        if host is None and not options.keys() & {"--gpus", "--memory"}:
+            host = memory_bytes(torch.device("cpu"))
     if "--memory" in options:
         memory = options["--memory"] * GIB
     per_node = int(os.environ.get("LOCAL_WORLD_SIZE", 8))
-    cluster = Cluster(processes=processes, memory=round(memory), cuda=True, per_node=per_node)
+    cluster = Cluster(processes=processes, memory=round(memory), cuda=True, per_node=per_node, host=host)
     return cluster, rates_of(known, name, fp32=fp32, **achieved)
 
 

@@ -1,6 +1,7 @@
 """Seconds of a step by stage: FLOPs over a rate, bytes over a bandwidth, and the larger where the two overlap.
 
-rollout   prefill computes; each decoding step reads all weights once and the cache of the rows that go on
+rollout   prefill computes; each decoding step reads all weights once and the cache of the rows that go on, which the
+          embedded engine moves again to make it longer; its kernels are launched one by one from Python
 score     forwards of policy and reference
 prm, policy   forward and backward, blocks once more with `checkpoint`, the optimizer's bytes
 between processes, for each micro-batch: weights gathered in the compute dtype for the forward and again for the
@@ -12,9 +13,11 @@ from dataclasses import dataclass
 
 from ..config import Config
 from ..flops import Tokens, block_flops, forward_flops, head_flops, passes_of, sampling_flops, training_flops
-from .memory import Crew, Member, cache_of, dtype_of, is_sharded, longest, state_of
-from .rates import HOP, HOST, PCIE, Rates
+from ..sizes import Sizes
+from .memory import Crew, Member, dtype_of, is_sharded, longest, rows_of, state_of
+from .rates import HOP, HOST, LAUNCHES, PCIE, Rates
 from .records import Cluster, Duration
+from .sampling import asked_of, expanded
 
 PASSING = 0.5
 """Share of the prompts that the filter lets through, if it filters at all."""
@@ -97,15 +100,17 @@ class _Work:
         """Rounds of as many responses as the cache has room for, each until its longest response ends."""
         config, sizes, mean = self.config, self.crew.policy.sizes, self.mean
         responses = config.rollout.prompts * config.rollout.samples / self.cluster.processes / passing(config)
-        rows = responses
-        if config.rollout.engine == "local":
-            rows = min(rows, cache_of(config, self.crew, self.cluster).rows)
+        rows, local = responses, config.rollout.engine == "local"
+        if local:
+            rows = min(rows, rows_of(asked_of(config, self.cluster.processes)[0], config, self.crew).rows)
         rounds = math.ceil(responses / rows)
         itemsize, length = dtype_of(config).itemsize, mean.prompt + mean.response
-        # A response's cache is read at each of its tokens, half of it its own on average.
+        # A response's cache is moved at each of its tokens, half of it its own on average.
         cached = responses * mean.response * (mean.prompt + mean.response / 2) * sizes.cache * itemsize
+        cached *= moves_of(config, sizes)
+        launches = rounds * config.rollout.max_tokens * sizes.layers * LAUNCHES if local else 0.0
         # A server's weights are split over a node.
-        split = min(self.cluster.per_node, self.cluster.processes) if config.rollout.engine == "vllm" else 1
+        split = 1 if local else min(self.cluster.per_node, self.cluster.processes)
         read = rounds * config.rollout.max_tokens * itemsize * sizes.parameters / split + cached
         prompts = responses / config.rollout.samples
         prefill = Tokens(
@@ -117,7 +122,7 @@ class _Work:
         )  # fmt: skip
         first = sampling_flops(sizes, prefill) / self.rates.flops
         compute, transfer = sampling_flops(sizes, decoded) / self.rates.flops, read / self.rates.bandwidth
-        return Duration("rollout", first + max(compute, transfer), first + compute, transfer)
+        return Duration("rollout", first + max(compute, transfer, launches), first + compute, transfer, launches)
 
     def forward(self, member: Member, times: int) -> Duration:
         """So many forwards of the batch without gradients."""
@@ -186,12 +191,29 @@ class _Work:
         return nbytes * (n - 1) / n / bandwidth + units * (n - 1) * HOP
 
 
-def assumptions(config: Config, lengths: Lengths | None = None) -> tuple[str, ...]:
-    """What times rest on, beside rates."""
+def moves_of(config: Config, sizes: Sizes) -> float:
+    """How often a token of a response has the bytes of its row's cache moved.
+
+    Attention reads it. The embedded engine reads and writes it once more, since its cache grows by a copy, and where
+    attention makes copies of it these are written and read.
+    """
+    return 1.0 if config.rollout.engine == "vllm" else 3.0 + 2 * expanded(config, sizes)
+
+
+def assumptions(config: Config, sizes: Sizes, lengths: Lengths | None = None) -> tuple[str, ...]:
+    """What times rest on, beside rates; `sizes` are the policy's."""
     mean = lengths or lengths_of(config)
     servers = "vLLM's servers have as many GPUs as the trainer, each server those of a node, and room for all responses"
+    moves = (
+        f"the embedded engine moves the cache of a row {moves_of(config, sizes):g} times for a token, which attention "
+        "reads and which grows by a copy"
+    )
+    launches = (
+        f"the embedded engine takes {LAUNCHES * 1e6:.0f} µs or more for a block and a token, to launch its kernels; "
+        "assumed"
+    )
     return (
-        *((servers,) if config.rollout.engine == "vllm" else ()),
+        *((servers,) if config.rollout.engine == "vllm" else (moves, launches)),
         f"a prompt has {mean.prompt} tokens on average and a response {mean.response}, and some response of each round "
         f"of sampling has {config.rollout.max_tokens}; memory is for {longest(config)}, all of them response tokens",
         f"{passing(config):.0%} of the prompts pass the filter",

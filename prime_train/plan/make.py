@@ -10,13 +10,15 @@ from transformers import PretrainedConfig
 from ..config import Config
 from ..flops import stage_flops
 from .durations import Lengths, assumptions, batch_tokens, durations_of
-from .memory import Crew, crew_of, host_bytes, longest, roles_of, stages_of
+from .memory import ASLEEP, Crew, crew_of, host_of, longest, roles_of, server_share, shares_gpu, stages_of
 from .models import architectures_of
 from .rates import Rates
-from .records import Change, Cluster, Plan, Role
+from .records import GIB, Change, Cluster, Plan, Role
 
 LORA_RANK = 32
 """Of the adapters that are suggested."""
+LEAST_CACHE_GIB = 0.5
+"""That is suggested."""
 MOST_PROCESSES = 1024
 ALWAYS = (
     "memory is that of the worst moment of each stage, from the second micro-batch of a step on, counted on the "
@@ -46,10 +48,13 @@ def make_plan(
         reference=crew.reference.sizes if crew.reference else None,
     )  # fmt: skip
     plan = Plan(
-        cluster=cluster, stages=stages, host=host_bytes(config, crew, cluster),
+        cluster=cluster, stages=stages, host=host_of(config, crew, cluster),
         largest=largest_budget(config, crew, cluster), durations=durations_of(config, crew, cluster, rates, lengths),
         tokens=batch.all, flops=sum(flops.values()), changes=(),
-        assumptions=(*rates.assumptions, *assumptions(config, lengths), *ALWAYS),
+        assumptions=(
+            *rates.assumptions, *assumptions(config, crew.policy.sizes, lengths), *ALWAYS,
+            *_of_server(config, cluster),
+        ),
     )  # fmt: skip
     if plan.fits:
         return plan
@@ -61,14 +66,23 @@ def tokens_of(config: Config) -> int:
     return max(config.model.tokens_per_micro_batch, longest(config))
 
 
+def _of_server(config: Config, cluster: Cluster) -> tuple[str, ...]:
+    """What is taken to be true of a vLLM server on the trainer's GPU."""
+    if not shares_gpu(config, cluster):
+        return ()
+    when = f"while it samples, and {ASLEEP / GIB:g} GiB while it sleeps; assumed" if config.vllm.sleeps else "all along"
+    return (f"the run's own vLLM server takes {server_share(config):.0%} of a GPU of the trainer's {when}",)
+
+
 def largest_budget(config: Config, crew: Crew, cluster: Cluster) -> int | None:
     """The largest `model.tokens_per_micro_batch` whose stages fit, no more than a process's share of a batch has.
 
-    None where not even the longest sequence fits.
+    Of stages that sample it decides nothing. None where not even the longest sequence fits.
     """
 
     def fits(tokens: int) -> bool:
-        return max(s.nbytes for s in stages_of(config, crew, cluster, tokens=tokens)) <= cluster.usable
+        stages = stages_of(config, crew, cluster, tokens=tokens)
+        return max(stage.nbytes for stage in stages if not stage.decided_by) <= cluster.usable
 
     share = math.ceil(config.rollout.prompts * config.rollout.samples / cluster.processes)
     low, high = longest(config), longest(config) * max(1, share)
@@ -95,7 +109,7 @@ class _Key:
         return config.model_copy(update={self.section: changed})
 
     def __str__(self) -> str:
-        value = ",".join(self.value) if isinstance(self.value, tuple) else self.value
+        value = (",".join(self.value) or "none") if isinstance(self.value, tuple) else self.value
         return f"--{self.section}.{self.key} {value}"
 
 
@@ -105,12 +119,15 @@ def _changes(config: Config, architectures: Mapping[Role, PretrainedConfig], pla
     def changed(what: str, other: Config, cluster: Cluster = plan.cluster) -> Change:
         crew = crew_of(other, architectures)
         nbytes = max(s.nbytes for s in stages_of(other, crew, cluster, tokens=tokens_of(other)))
-        return Change(what, nbytes, nbytes <= cluster.usable)
+        host = sum(item.nbytes for item in host_of(other, crew, cluster))
+        return Change(what, nbytes, host, excess=cluster.excess(nbytes, host))
 
     helpful: list[_Key] = []
-    for key in _keys(config, plan):
-        found = changed(str(key), key.of(config))
-        if found.nbytes < plan.peak.nbytes:
+    for keys in _keys(config, plan):
+        # Of several values of a key the first that is enough, or else the last that helps.
+        tried = [(key, found) for key in keys if (found := changed(str(key), key.of(config))).excess < plan.excess]
+        if tried:
+            key, found = next((pair for pair in tried if pair[1].fits), tried[-1])
             helpful.append(key)
             yield found
     together, cheap = config, [key for key in helpful if key.cheap]
@@ -130,24 +147,27 @@ def _changes(config: Config, architectures: Mapping[Role, PretrainedConfig], pla
             break
 
 
-def _keys(config: Config, plan: Plan) -> Iterator[_Key]:
-    """What may free memory."""
+def _keys(config: Config, plan: Plan) -> Iterator[tuple[_Key, ...]]:
+    """What may free memory: values of one key each time."""
     model, rollout = config.model, config.rollout
     if "checkpoint" not in model.blocks:
-        yield _Key("model", "blocks", (*model.blocks, "checkpoint"))
+        yield (_Key("model", "blocks", (*model.blocks, "checkpoint")),)
     least = plan.largest or longest(config)
     if least < tokens_of(config):
-        yield _Key("model", "tokens_per_micro_batch", least)
-    if rollout.engine == "local" and rollout.cache_gib > 1:
-        yield _Key("rollout", "cache_gib", 1.0)
+        yield (_Key("model", "tokens_per_micro_batch", least),)
+    if rollout.engine == "local":
+        halves = [rollout.cache_gib / 2**n for n in range(1, 8)]
+        yield tuple(_Key("rollout", "cache_gib", round(gib, 2)) for gib in halves if gib >= LEAST_CACHE_GIB)
     if plan.cluster.cuda:
         kept = [role for role in roles_of(config)[::-1] if role not in model.offload]
         for n in range(1, len(kept) + 1):
-            yield _Key("model", "offload", (*model.offload, *kept[:n]), cheap=False)
+            yield (_Key("model", "offload", (*model.offload, *kept[:n]), cheap=False),)
+        fewer = [model.offload[:n] for n in reversed(range(len(model.offload)))]
+        yield tuple(_Key("model", "offload", roles, cheap=False) for roles in fewer)
         if rollout.engine == "local":
-            yield _Key("rollout", "engine", "vllm", cheap=False)
+            yield (_Key("rollout", "engine", "vllm", cheap=False),)
     if not model.lora:
-        yield _Key("model", "lora", LORA_RANK, cheap=False)
+        yield (_Key("model", "lora", LORA_RANK, cheap=False),)
 
 
 def _more(processes: int) -> Iterator[int]:

@@ -26,10 +26,21 @@ from ..sizes import Sizes, sizes_of
 from .activations import Activations, count_activations
 from .head import logprob_bytes, loss_bytes
 from .records import GIB, Cluster, Item, Role, Stage
+from .sampling import Asked, Together, asked_of, moments, together
 
 ROLES: dict[Role, str] = {"policy": "policy", "prm": "PRM", "reference": "reference"}
-LOGITS = 5
-"""fp32 tensors [rows, V] that the embedded sampler has at once while it chooses a token."""
+SAMPLED_BY = {
+    "rollout": ("rollout.cache_gib", "rollout.prompts", "rollout.samples"),
+    "evaluation": ("rollout.cache_gib", "eval.prompts", "eval.samples"),
+}
+"""Keys that decide what the embedded engine holds."""
+STAGED = "staged checkpoint"
+"""What a checkpoint is made of, copied to host memory, while training goes on."""
+ASLEEP = 2 * GIB
+"""Bytes of the GPU that a vLLM server keeps while it sleeps, for its CUDA context and graphs; assumed."""
+VLLM_SHARE = 0.92
+"""Of a GPU's memory that vLLM (0.32) takes unless an option says otherwise."""
+SHARES = ("--gpu-memory-utilization", "--device-memory-utilization")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,17 +131,22 @@ def state_of(member: Member, config: Config, shards: int) -> State:
     if not member.trained:
         return State(itemsize * sizes.parameters // shards, 0, 0)
     if rank:
-        adapters = rank * sizes.linear_ends
+        adapters = adapters_of(member, config)
         return State(
             (itemsize * sizes.parameters + 4 * adapters) // shards, 8 * adapters // shards, 4 * adapters // shards
         )
     return State(4 * sizes.parameters // shards, 8 * sizes.parameters // shards, 4 * sizes.parameters // shards)
 
 
+def adapters_of(member: Member, config: Config) -> int:
+    """Parameters of a model's adapters."""
+    return config.model.lora * member.sizes.linear_ends
+
+
 def stages_of(config: Config, crew: Crew, cluster: Cluster, *, tokens: int) -> tuple[Stage, ...]:
     """Each stage at its worst moment, with micro-batches of `tokens` tokens, all of them response tokens."""
     work = _Work(config, crew, cluster, tokens)
-    stages = [Stage("rollout", work.sampling()), Stage("score", work.worst(*work.scoring(crew.policy)))]
+    stages = [*work.sampling(), Stage("score", work.worst(*work.scoring(crew.policy)))]
     if crew.reference is not None:
         stages[-1] = max(
             stages[-1], Stage("score", work.worst(*work.scoring(crew.reference))), key=lambda stage: stage.nbytes
@@ -141,12 +157,27 @@ def stages_of(config: Config, crew: Crew, cluster: Cluster, *, tokens: int) -> t
     return tuple(stages)
 
 
-def host_bytes(config: Config, crew: Crew, cluster: Cluster) -> int:
-    """Of offloaded models, all processes of a node together."""
-    shards = max(1, cluster.processes // config.model.replicas)
+def host_of(config: Config, crew: Crew, cluster: Cluster) -> tuple[Item, ...]:
+    """What all processes of a node hold in its own memory together. On a CPU nothing: it is among the stages' items."""
+    if not cluster.cuda:
+        return ()
+    shards, processes = shards_of(config, cluster), min(cluster.per_node, cluster.processes)
     states = [state_of(member, config, shards) for member in crew.all if member.offloaded]
-    one = sum(state.weights + state.optimizer + state.gradients for state in states)
-    return one * min(cluster.per_node, cluster.processes)
+    offloaded = sum(state.weights + state.optimizer + state.gradients for state in states)
+    items = Item("offloaded models", processes * offloaded), Item(STAGED, processes * staged(config, crew, shards))
+    return tuple(item for item in items if item.nbytes)
+
+
+def staged(config: Config, crew: Crew, shards: int) -> int:
+    """Bytes of one process's copy of what a checkpoint saves, kept until its files are written: fp32 weights that are
+    trained, and AdamW's moments of them."""
+    trained = (adapters_of(m, config) if config.model.lora else m.sizes.parameters for m in crew.all if m.trained)
+    return 12 * sum(trained) // shards
+
+
+def shards_of(config: Config, cluster: Cluster) -> int:
+    """Processes that share one copy of the weights."""
+    return max(1, cluster.processes // config.model.replicas)
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,13 +199,15 @@ class _Work:
 
     @property
     def shards(self) -> int:
-        return max(1, self.cluster.processes // self.config.model.replicas)
+        return shards_of(self.config, self.cluster)
 
     def resident(self, stepping: Member | None = None) -> list[Item]:
         """What is there in every stage, and the gradients of the model that steps."""
-        items = []
+        items = [Item("vLLM server", server_bytes(self.config, self.cluster, awake=False))]
+        if not self.cluster.cuda:  # there is one memory for everything
+            items.append(Item(STAGED, staged(self.config, self.crew, self.shards)))
         for member in self.crew.all:
-            if member.offloaded:
+            if member.offloaded and self.cluster.cuda:
                 continue
             state, name = state_of(member, self.config, self.shards), ROLES[member.role]
             items += [Item(f"{name}: weights", state.weights), Item(f"{name}: optimizer", state.optimizer)]
@@ -246,42 +279,58 @@ class _Work:
         """A unit's gradients, complete in the compute dtype, and in fp32 for the reduction."""
         return Item("gradients on their way", (self.itemsize + 4) * parameters if self.sharded else 0)
 
-    def sampling(self) -> tuple[Item, ...]:
-        """The embedded engine's worst moment, or a server's share of the GPU where it takes turns with the trainer."""
+    def sampling(self) -> list[Stage]:
+        """What the embedded engine adds in rollouts and evaluations, or a server that wakes for them."""
         resident = self.resident()
         if self.config.rollout.engine == "vllm":
-            server = round(server_share(self.config) * self.cluster.memory) if self.config.vllm.sleeps else 0
-            return self.worst([*resident, Item("vLLM server", server)])
-        sizes, cache = self.crew.policy.sizes, cache_of(self.config, self.crew, self.cluster)
-        prefilled = cache.rows * self.config.data.max_prompt_tokens
-        return self.worst([
-            *resident, Item("copy of the policy", self.itemsize * sizes.parameters if self.sharded else 0),
-            # It grows by a copy.
-            Item("key-value cache", 2 * cache.nbytes),
-            Item("sampled logits", LOGITS * 4 * cache.rows * sizes.vocabulary),
-            Item("activations", self.crew.policy.activations.scoring_peak(prefilled)),
-        ])  # fmt: skip
+            server = server_bytes(self.config, self.cluster, awake=True)
+            held = self.worst([Item("vLLM server", server), *resident[1:]])
+            return [Stage("rollout", held, decided_by=("vllm.servers",) if server else ("model.offload",))]
+        policy, itemsize = self.crew.policy, self.itemsize
+        resident.append(Item("copy of the policy", itemsize * policy.sizes.parameters if self.sharded else 0))
+        found: dict[str, list[list[Item]]] = {}
+        for asked in asked_of(self.config, self.cluster.processes):
+            rows = rows_of(asked, self.config, self.crew)
+            found.setdefault(asked.stage, []).extend(
+                [*resident, *items]
+                for items in moments(
+                    rows, asked, policy.sizes, policy.activations, self.config, itemsize=itemsize,
+                    cuda=self.cluster.cuda,
+                )
+            )  # fmt: skip
+        return [Stage(stage, self.worst(*held), decided_by=SAMPLED_BY[stage]) for stage, held in found.items()]
 
 
-@dataclass(frozen=True, slots=True)
-class Cache:
-    """The embedded engine's key-value cache when it is fullest."""
+def rows_of(asked: Asked, config: Config, crew: Crew) -> Together:
+    """What of it the embedded engine samples together."""
+    return together(
+        asked, crew.policy.sizes, itemsize=dtype_of(config).itemsize, width=longest(config),
+        cache_gib=config.rollout.cache_gib,
+    )  # fmt: skip
 
-    rows: int
-    """Responses that are sampled together."""
-    nbytes: int
+
+def server_bytes(config: Config, cluster: Cluster, *, awake: bool) -> int:
+    """What a vLLM server of the run's own takes of the trainer's GPU: its share from its start on, unless it sleeps."""
+    if not shares_gpu(config, cluster):
+        return 0
+    sleeping = config.vllm.sleeps and not awake
+    return ASLEEP if sleeping else round(server_share(config) * cluster.memory)
 
 
-def cache_of(config: Config, crew: Crew, cluster: Cluster) -> Cache:
-    """As many rows as `rollout.cache_gib` has room for, at most the process's share of a round of prompts."""
-    row = crew.policy.sizes.cache * dtype_of(config).itemsize * longest(config)
-    wanted = -(-config.rollout.prompts * config.rollout.samples // cluster.processes)
-    rows = max(1, min(int(config.rollout.cache_gib * GIB / row), wanted))
-    return Cache(rows, rows * row)
+def shares_gpu(config: Config, cluster: Cluster) -> bool:
+    """Whether the run starts a vLLM server on the GPU of a process: no option says that it is to use others."""
+    own = config.rollout.engine == "vllm" and not config.vllm.urls and bool(config.vllm.servers.strip())
+    return own and cluster.cuda and "--device-ids" not in _options(config)
 
 
 def server_share(config: Config) -> float:
-    """`--gpu-memory-utilization` of the server's options; vLLM's default is 0.9."""
+    """Of its GPU's memory that the server takes by its options."""
+    words = _options(config)
+    found = [words.index(name) + 1 for name in SHARES if name in words[:-1]]
+    return float(words[found[-1]]) if found else VLLM_SHARE
+
+
+def _options(config: Config) -> list[str]:
+    """Of the server, values apart from names, which vLLM takes with underscores, too."""
     words = config.vllm.servers.replace("=", " ").split()
-    name = "--gpu-memory-utilization"
-    return float(words[words.index(name) + 1]) if name in words[:-1] else 0.9
+    return [word.replace("_", "-") if word.startswith("--") else word for word in words]

@@ -28,6 +28,15 @@ def architectures_of(config: Config) -> dict[Role, PretrainedConfig]:
     return roles
 
 
+def policy_architecture(config: Config) -> PretrainedConfig:
+    """Of the policy alone.
+
+    Raises:
+        Unplannable: it cannot be had.
+    """
+    return _architecture(config, "model.policy", config.model.policy)
+
+
 def _architecture(config: Config, key: str, source: str) -> PretrainedConfig:
     if source == SFT:
         made = sft_directory(config)

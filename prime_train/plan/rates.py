@@ -16,6 +16,9 @@ PCIE = 50e9
 """Bytes/s between a GPU and its host, each way."""
 HOST = 20e9
 """Bytes/s of a host's memory that its optimizer reaches for one process."""
+LAUNCHES = 2e-4
+"""Seconds that the embedded engine takes for a block and a token at least, however few its rows: some 40 kernels, each
+of which Python launches in about 5 µs."""
 DEFAULT = "H100"
 
 

@@ -5,6 +5,8 @@ from typing import Literal
 
 Role = Literal["policy", "prm", "reference"]
 GIB = 1 << 30
+PROCESS = 768 << 20
+"""Bytes of host memory that Python and its libraries take in each process."""
 
 
 class Unplannable(Exception):
@@ -21,12 +23,24 @@ class Cluster:
     cuda: bool
     """Whether devices are NVIDIA GPUs; else processes share a host's memory and `memory` is one's share of it."""
     per_node: int = 8
+    host: int | None = None
+    """Bytes of a node's own memory, where it is known and is not what `memory` is a share of."""
 
     @property
     def usable(self) -> int:
         """Bytes that a run may fill: some belong to the CUDA context, NCCL and the allocator's rounding, or to Python
         and its libraries."""
-        return self.memory - (1536 << 20 if self.cuda else 768 << 20) - (self.memory // 50 if self.cuda else 0)
+        return self.memory - (1536 << 20 if self.cuda else PROCESS) - (self.memory // 50 if self.cuda else 0)
+
+    @property
+    def usable_host(self) -> int | None:
+        """Bytes that all processes of a node may fill of its own memory."""
+        return None if self.host is None else self.host - PROCESS * min(self.per_node, self.processes)
+
+    def excess(self, nbytes: int, host: int) -> int:
+        """Bytes that are too many, of one process's device and of a node's own memory together."""
+        beyond = 0 if self.usable_host is None else max(0, host - self.usable_host)
+        return max(0, nbytes - self.usable) + beyond
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +57,8 @@ class Stage:
 
     name: str
     items: tuple[Item, ...]
+    decided_by: tuple[str, ...] = ()
+    """Keys that bound it, where micro-batches do not."""
 
     @property
     def nbytes(self) -> int:
@@ -60,6 +76,8 @@ class Duration:
     transfer: float
     """Seconds that its bytes take alone: of weights and cache in generation, else between processes and from the host.
     The two overlap, where the stage is as long as the longer one."""
+    launches: float = 0.0
+    """Seconds that launching its kernels takes alone, where these are small: in generation. Overlaps with both."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +86,14 @@ class Change:
 
     what: str
     nbytes: int
-    fits: bool
+    host: int
+    """What it would need of each host's memory."""
+    excess: int
+    """Bytes that would still be too many."""
+
+    @property
+    def fits(self) -> bool:
+        return self.excess == 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,8 +102,8 @@ class Plan:
 
     cluster: Cluster
     stages: tuple[Stage, ...]
-    host: int
-    """Bytes of offloaded models in host memory, all processes of a node together."""
+    host: tuple[Item, ...]
+    """What is held in a node's own memory, by all of its processes together."""
     largest: int | None
     """The largest `model.tokens_per_micro_batch` that fits; None where none does."""
     durations: tuple[Duration, ...]
@@ -97,7 +122,13 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        return self.peak.nbytes <= self.cluster.usable
+        """On devices, and in hosts' memory where that is known."""
+        return self.excess == 0
+
+    @property
+    def excess(self) -> int:
+        """Bytes that are too many: see `Cluster`."""
+        return self.cluster.excess(self.peak.nbytes, sum(item.nbytes for item in self.host))
 
     @property
     def seconds(self) -> float:
