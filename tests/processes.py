@@ -26,7 +26,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 PRELOADED = (
     "prime_train.cli", "prime_train.checks", "prime_train.prime", "prime_train.sft", "prime_train.report",
-    "prime_train.distributed", "transformers.models.qwen2.modeling_qwen2", "tests.tiny",
+    "prime_train.distributed", "transformers.models.qwen2.modeling_qwen2", "peft", "tests.tiny",
 )  # fmt: skip
 GRACE = 2.0
 """Seconds that the other ranks have to end by themselves after one has failed."""

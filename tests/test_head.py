@@ -1,17 +1,18 @@
 """LogProbHead: a linear layer as ever, and inside FSDP2, checkpointing and compiled models."""
 
-import socket
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from prime_kernels import LogProbHead, linear_logprob, linear_ppo_loss, linear_prm_loss, linear_token_loss
 
 from .oracle import F32, make_inputs
+from .processes import run_ranks
 
 V, D, N = 61, 16, 12
 
@@ -138,34 +139,24 @@ def test_works_inside_a_compiled_model():
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5)
 
 
-def _rank(rank: int, world: int, port: int, results: Any) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+def sharded_gradients() -> dict[str, dict[str, torch.Tensor]]:
+    dist.init_process_group("gloo")
     try:
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
-
-        mesh = init_device_mesh("cpu", (world,))
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
         found = {}
         for which in WHICH:
             model = Model()
             for module in (model.layer, model.head, model):
                 fully_shard(module, mesh=mesh)
-            model(batch(rank), which).backward()
+            model(batch(dist.get_rank()), which).backward()
             found[which] = gradients(model)
-        results[rank] = found
+        return found
     finally:
         dist.destroy_process_group()
 
 
 def test_gradients_under_fsdp2_on_two_processes_equal_those_of_one():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with mp.Manager() as manager:
-        shared = manager.dict()
-        mp.spawn(_rank, args=(2, port, shared), nprocs=2)
-        ranks = [shared[0], shared[1]]
+    ranks = run_ranks(2, sharded_gradients)
     for which in WHICH:
         model = Model()
         # FSDP averages over ranks.

@@ -1,6 +1,5 @@
 """A vocabulary spread over 2 and 4 gloo processes gives the results and gradients of the whole one."""
 
-import socket
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -8,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from prime_kernels import linear_logprob, set_workspace
 
 from .oracle import BF16, F32, Inputs, assert_results_exact, make_inputs, run
+from .processes import run_ranks
 
 V = 301
 # Rows of the vocabulary on each rank: unequal, one rank with a single row.
@@ -25,10 +24,11 @@ def inputs(dtype: torch.dtype) -> Inputs:
     return x
 
 
-def _rank(rank: int, world: int, port: int, backend: str, results: Any) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+def on_rank(backend: str) -> dict[str, Any]:
+    """Results and gradients of a rank's rows."""
+    dist.init_process_group("gloo")
     try:
+        rank, world = dist.get_rank(), dist.get_world_size()
         rows = slice(sum(SHARDS[world][:rank]), sum(SHARDS[world][: rank + 1]))
         op = partial(linear_logprob, vocab_group=dist.group.WORLD, backend=backend)
         found: dict[str, Any] = {}
@@ -45,21 +45,14 @@ def _rank(rank: int, world: int, port: int, backend: str, results: Any) -> None:
             op(x.hidden, shard.weight, torch.full_like(x.targets, V))
         except ValueError as error:
             found["error"] = str(error)
-        results[rank] = found
+        return found
     finally:
         dist.destroy_process_group()
 
 
 @pytest.mark.parametrize(("world", "backend"), [(2, "torch"), (4, "torch"), (2, "chunked"), (4, "fused")])
 def test_sharded_vocabulary_equals_the_whole(world, backend):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with mp.Manager() as manager:
-        shared = manager.dict()
-        mp.spawn(_rank, args=(world, port, backend, shared), nprocs=world)
-        ranks = [shared[rank] for rank in range(world)]
-
+    ranks = run_ranks(world, on_rank, backend)
     assert all(found["error"].startswith(f"targets must be in [0, {V})") for found in ranks)
     for dtype in (BF16,) if backend == "fused" else (F32, BF16):
         whole = run(linear_logprob, inputs(dtype), backend=backend)
@@ -78,12 +71,9 @@ def test_sharded_vocabulary_equals_the_whole(world, backend):
 
 
 def test_a_group_of_one_is_no_group():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     x = inputs(BF16)
     want = run(linear_logprob, x)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         got = run(linear_logprob, x, vocab_group=dist.group.WORLD)
     finally:
