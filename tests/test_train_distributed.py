@@ -300,6 +300,7 @@ def test_losses_of_five_steps_are_those_of_one_process_with_two_and_with_four(tm
         assert_close(figures(tmp_path / str(size)), wanted, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_sft_and_prime_in_16_bits_run_over_two_processes(tmp_path):
     path = config_file(
         tmp_path, "sft", sft={"base": "tiny:16x1x2", "data": "arithmetic", "steps": 2, "batch": 4},
@@ -310,6 +311,7 @@ def test_sft_and_prime_in_16_bits_run_over_two_processes(tmp_path):
     assert (tmp_path / "run" / "sft" / "model" / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_adapters_train_over_two_processes_and_are_exported_merged(tmp_path):
     start = saved_model(tmp_path / "model", shape="16x2x2")
     for size in (1, 2):

@@ -242,6 +242,7 @@ def test_a_sleeping_server_is_woken_weights_first_and_refuses_to_sample_until_th
 # -- a whole run --
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_a_run_ends_its_own_server_and_leaves_a_log_and_no_weights(tmp_path):
     # Takes vLLM's place: ignores what it is told to run, and keeps the options.
     python = tmp_path / "python"

@@ -50,7 +50,9 @@ def on_rank(backend: str) -> dict[str, Any]:
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize(("world", "backend"), [(2, "torch"), (4, "torch"), (2, "chunked"), (4, "fused")])
+@pytest.mark.parametrize(
+    ("world", "backend"), [(2, "torch"), (4, "torch"), pytest.param(2, "chunked", marks=pytest.mark.slow), (4, "fused")]
+)
 def test_sharded_vocabulary_equals_the_whole(world, backend):
     ranks = run_ranks(world, on_rank, backend)
     assert all(found["error"].startswith(f"targets must be in [0, {V})") for found in ranks)
