@@ -18,7 +18,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -129,8 +129,10 @@ class Child:
     ended: Ended | None = field(default=None)
 
     def kill(self) -> None:
-        """As the kernel does it when memory runs out: at once, and it alone, not the processes it started."""
-        os.kill(self.pid, signal.SIGKILL)
+        """As the kernel does it when memory runs out: at once, and it alone, not the processes it started. One that has
+        ended is left as it is."""
+        with suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
 
     def wait(self, deadline: float = 60.0) -> Ended:
         """How it ended.
