@@ -15,6 +15,7 @@ The moments of a training micro-batch:
     embedding the embedding's dense gradient on its way, nothing of blocks any more
 """
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -108,6 +109,11 @@ def dtype_of(config: Config) -> torch.dtype:
 def longest(config: Config) -> int:
     """Tokens of the longest sequence."""
     return config.data.max_prompt_tokens + config.rollout.max_tokens
+
+
+def longest_within(config: Config, architecture: PretrainedConfig) -> int:
+    """Tokens of the longest sequence that the model has positions for."""
+    return min(longest(config), getattr(architecture, "max_position_embeddings", None) or longest(config))
 
 
 def is_sharded(config: Config, processes: int) -> bool:
@@ -320,17 +326,22 @@ def server_bytes(config: Config, cluster: Cluster, *, awake: bool) -> int:
 def shares_gpu(config: Config, cluster: Cluster) -> bool:
     """Whether the run starts a vLLM server on the GPU of a process: no option says that it is to use others."""
     own = config.rollout.engine == "vllm" and not config.vllm.urls and bool(config.vllm.servers.strip())
-    return own and cluster.cuda and "--device-ids" not in _options(config)
+    return own and cluster.cuda and server_option(config, "--device-ids") is None
 
 
 def server_share(config: Config) -> float:
     """Of its GPU's memory that the server takes by its options."""
+    return float(server_option(config, *SHARES) or VLLM_SHARE)
+
+
+def server_option(config: Config, *names: str) -> str | None:
+    """The value that a server of the run's own is given by an option that has these names, of which the last counts."""
     words = _options(config)
-    found = [words.index(name) + 1 for name in SHARES if name in words[:-1]]
-    return float(words[found[-1]]) if found else VLLM_SHARE
+    found = [words[i + 1] for i, word in enumerate(words[:-1]) if word in names]
+    return found[-1] if found else None
 
 
 def _options(config: Config) -> list[str]:
     """Of the server, values apart from names, which vLLM takes with underscores, too."""
-    words = config.vllm.servers.replace("=", " ").split()
+    words = shlex.split(config.vllm.servers.replace("=", " "))
     return [word.replace("_", "-") if word.startswith("--") else word for word in words]

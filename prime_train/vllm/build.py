@@ -9,7 +9,7 @@ from ..config import Config
 from ..distributed import World
 from ..engine import Engine
 from ..models import LanguageModel
-from ..plan.memory import dtype_of
+from ..plan.memory import dtype_of, longest_within
 from ..plan.models import policy_architecture
 from ..setup import device_of, model_path
 from ..sizes import sizes_of
@@ -80,10 +80,9 @@ def weights_directory(config: Config) -> Path:
 def server_process(config: Config, policy: LanguageModel) -> ServerProcess:
     """On a CPU without compilation, which needs tools that are often not there, and within `rollout.cache_gib`."""
     on_cpu, transport = device_of(config).type == "cpu", config.vllm.transport
-    longest = config.data.max_prompt_tokens + config.rollout.max_tokens
     command = command_line(
         config.vllm.servers, str(model_path(config, "policy")), dtype=config.model.dtype,
-        max_model_len=min(longest, getattr(policy.transformer.config, "max_position_embeddings", longest)),
+        max_model_len=longest_within(config, policy.transformer.config),
         options=[
             *(["--enforce-eager"] if on_cpu else []),
             *(["--weight-transfer-config", json.dumps({"backend": transport})] if transport != "file" else []),

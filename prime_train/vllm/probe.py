@@ -3,14 +3,13 @@
 import contextlib
 import os
 import re
-import shlex
 from typing import Any
 
 import httpx2
 import torch
 
 from ..config import Config
-from ..plan.memory import longest
+from ..plan.memory import longest, longest_within, server_option
 from ..plan.models import policy_architecture
 from ..plan.records import Unplannable
 from ..setup import device_of
@@ -83,8 +82,7 @@ def _refuse_shorter(model: dict[str, Any], config: Config) -> None:
     if not isinstance(has, int) or has >= needs:
         return
     with contextlib.suppress(Unplannable):
-        architecture = policy_architecture(config).get_text_config()
-        needs = min(needs, getattr(architecture, "max_position_embeddings", None) or needs)
+        needs = longest_within(config, policy_architecture(config).get_text_config())
     if has < needs:
         raise ValueError(
             f"a prompt and its response may have {has} tokens, not {needs} (data.max_prompt_tokens and "
@@ -137,7 +135,7 @@ def transport_problems(config: Config) -> list[str]:
             found.append(f"nccl needs the libnccl that PyTorch for CUDA comes with: {error}")
         if section.sleeps:
             found.append("nccl wants a GPU for every process, and this server shares the trainer's; use ipc or file")
-        elif not section.urls and not _on_other_gpus(section.servers):
+        elif not section.urls and not _on_other_gpus(config):
             found.append(
                 "nccl wants a GPU for every process, and the server would start on the trainer's; name others behind "
                 "the Python in vllm.servers, as in --device-ids 1"
@@ -151,11 +149,11 @@ def transport_problems(config: Config) -> list[str]:
     return found
 
 
-def _on_other_gpus(server: str) -> bool:
+def _on_other_gpus(config: Config) -> bool:
     """Whether the options of a server of the run's own name GPUs, and none that a process of the trainer has."""
-    named = re.search(r"--device[-_]ids[ =](\S+)", " ".join(shlex.split(server)))
+    named = server_option(config, "--device-ids")
     own = {str(i) for i in range(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))}
-    return named is not None and own.isdisjoint(named[1].split(","))
+    return named is not None and own.isdisjoint(named.split(","))
 
 
 def server_problems(config: Config) -> list[str]:
