@@ -31,21 +31,21 @@ OPS = {
     op.name: op
     for op in (
         Op(name="forward", what="log-probs, no gradient", gemms=("logits",), results=("logp",), trains=(),
-           gate="tests/test_logprob.py"),
+           gate="tests/kernels/test_logprob.py"),
         Op(name="entropy", what="log-probs and entropies, no gradient", gemms=("logits",), results=("logp", "entropy"),
-           trains=(), gate="tests/test_logprob.py"),
+           trains=(), gate="tests/kernels/test_logprob.py"),
         Op(name="logprob", what="log-prob of each token, forward and backward",
            gemms=("logits", "logits", "dhidden", "dweight"), results=("logp",), trains=("hidden", "weight"),
-           gate="tests/test_logprob.py"),
+           gate="tests/kernels/test_logprob.py"),
         Op(name="frozen", what="the same with the head frozen", gemms=("logits", "dhidden"), results=("logp",),
-           trains=("hidden",), gate="tests/test_logprob.py"),
+           trains=("hidden",), gate="tests/kernels/test_logprob.py"),
         Op(name="ce", what="mean cross-entropy, forward and backward", gemms=("logits", "dhidden", "dweight"),
-           results=("loss",), trains=("hidden", "weight"), gate="tests/test_token_loss.py"),
+           results=("loss",), trains=("hidden", "weight"), gate="tests/kernels/test_token_loss.py"),
         Op(name="ppo", what="PPO-clip loss, forward and backward", gemms=("logits", "dhidden", "dweight"),
-           results=("loss",), trains=("hidden", "weight"), gate="tests/test_ppo.py"),
+           results=("loss",), trains=("hidden", "weight"), gate="tests/kernels/test_ppo.py"),
         Op(name="prm", what="implicit PRM cross-entropy, forward and backward",
            gemms=("logits", "dhidden", "dweight"), results=("loss",), trains=("hidden", "weight"),
-           gate="tests/test_prm.py"),
+           gate="tests/kernels/test_prm.py"),
     )
 }  # fmt: skip
 

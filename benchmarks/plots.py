@@ -5,8 +5,7 @@ from pathlib import Path
 
 from benchmarks.cases import ALL_OPS, Case
 from benchmarks.harness import Row
-from benchmarks.records import Report
-from benchmarks.report import NO_CLAIMS
+from benchmarks.records import NO_CLAIMS, Report
 from benchmarks.roofline import share
 
 

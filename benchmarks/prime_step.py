@@ -25,19 +25,21 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
 
 from benchmarks.environment import describe
-from benchmarks.report import NO_CLAIMS
+from benchmarks.records import NO_CLAIMS
 from benchmarks.step_figures import Figure, compared, figures_table
-from prime_train import arithmetic, prime, setup
-from prime_train.config import Config
-from prime_train.flops import stage_flops
-from prime_train.hardware import peak_flops
-from prime_train.interrupt import Interrupts
-from prime_train.plan import Plan
+from prime_train import prime
+from prime_train.config.keys import Config
+from prime_train.data import arithmetic
 from prime_train.plan.command import plan_here
 from prime_train.plan.durations import Lengths, batch_tokens
-from prime_train.rundir import read_records
-from prime_train.sizes import sizes_of
-from prime_train.view import View
+from prime_train.plan.flops import stage_flops
+from prime_train.plan.hardware import peak_flops
+from prime_train.plan.records import Plan
+from prime_train.plan.sizes import sizes_of
+from prime_train.run import setup
+from prime_train.run.directory import read_records
+from prime_train.run.interrupt import Interrupts
+from prime_train.show.view import View
 
 SHAPES: dict[str, dict[str, Any]] = {
     # config.json of Qwen/Qwen2.5-0.5B and -1.5B

@@ -21,7 +21,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from benchmarks.report import RESULTS, ROOT, with_block
-from prime_train.rundir import read_records
+from prime_train.run.directory import read_records
 
 BEGIN, END = "<!-- quickstart: python -m benchmarks.quickstart --readme -->", "<!-- end of quickstart -->"
 

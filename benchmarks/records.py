@@ -9,6 +9,8 @@ from benchmarks.cases import Case
 from benchmarks.harness import Row
 from benchmarks.roofline import Ceilings, floors, share
 
+NO_CLAIMS = "Development sizes on a CPU: no claims are made from these numbers."
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Section:

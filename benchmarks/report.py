@@ -1,8 +1,9 @@
 """What came out, for readers: tables, and the README's numbers.
 
-python -m benchmarks.report RESULTS.json       the tables of a run
-python -m benchmarks.report --keep DIR         copy a run's JSON and plots to benchmarks/results/HARDWARE-DATE
-python -m benchmarks.report --readme           write the README's block of numbers from benchmarks/results
+python -m benchmarks.report RESULTS.json               the tables of a run
+python -m benchmarks.report RESULTS.json --roofline    both floors of each case, and how far each time is from them
+python -m benchmarks.report --keep DIR                 copy a run's JSON and plots to benchmarks/results/HARDWARE-DATE
+python -m benchmarks.report --readme                   write the README's block of numbers from benchmarks/results
 """
 
 import argparse
@@ -12,9 +13,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from benchmarks import plots
 from benchmarks.cases import GPU_MAIN, OPS
 from benchmarks.harness import Row
-from benchmarks.records import Report
+from benchmarks.records import NO_CLAIMS, Report
 from benchmarks.roofline import floors, share
 from benchmarks.step_figures import Figure, figures_table
 
@@ -22,7 +24,6 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- numbers: python -m benchmarks.report --readme -->", "<!-- end of numbers -->"
 GIB = 1 << 30
-NO_CLAIMS = "Development sizes on a CPU: no claims are made from these numbers."
 
 
 def table(lines: Sequence[Sequence[str]]) -> str:
@@ -151,8 +152,6 @@ def text(report: Report, *, brief: bool = False) -> str:
 
 def write(report: Report, out: Path) -> None:
     """results.json and the plots into `out`."""
-    from benchmarks import plots
-
     out.mkdir(parents=True, exist_ok=True)
     report.save(out / "results.json")
     try:
@@ -209,11 +208,15 @@ def keep(run: Path) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("results", type=Path, nargs="?", help="a run's results.json, to be printed")
+    parser.add_argument("--roofline", action="store_true", help="print its times against their floors instead")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="a run's folder, to be copied to benchmarks/results")
     parser.add_argument("--readme", action="store_true", help="rewrite the README's block of numbers")
     args = parser.parse_args()
     if args.results:
-        print(text(Report.load(args.results)))
+        report = Report.load(args.results)
+        if args.roofline and report.ceilings is None:
+            parser.error("no ceilings were measured in this run: there is nothing to hold its times against")
+        print(roofline_table(report) if args.roofline else text(report))
     if args.keep:
         print(keep(args.keep))
     if args.readme:

@@ -1,16 +1,11 @@
 """How far a time is from what the hardware allows.
 
-    python -m benchmarks.roofline RESULTS.json
-
 Two floors for a case: its GEMMs at the rates that bare products of the same shape reach in the same run, and its least
 bytes at the rate of a large copy. The larger of them is the floor; its share of a measured time is what is reported.
 """
 
-import argparse
-import sys
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 
 import torch
 
@@ -94,19 +89,3 @@ def measure_ceilings(cases: tuple[Case, ...], device: torch.device, *, copy_byte
         if gemm_key(case, "logits") not in rates:
             rates |= measure_gemms(case, device, effort)
     return Ceilings(measure_copy(device, copy_bytes), rates)
-
-
-def main() -> None:
-    from benchmarks.records import Report
-    from benchmarks.report import roofline_table
-
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("results", type=Path)
-    report = Report.load(parser.parse_args().results)
-    if report.ceilings is None:
-        sys.exit("no ceilings were measured in this run")
-    print(roofline_table(report))
-
-
-if __name__ == "__main__":
-    main()

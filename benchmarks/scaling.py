@@ -21,14 +21,15 @@ from transformers import Qwen2Config
 
 from benchmarks.environment import describe
 from benchmarks.prime_step import make_model
-from prime_train.config import Config
-from prime_train.flops import stage_flops
-from prime_train.hardware import DEVICES
-from prime_train.plan import Plan, make_plan, rates_of
+from prime_train.config.keys import Config
 from prime_train.plan.durations import batch_tokens
-from prime_train.plan.records import GIB, Cluster, Role
-from prime_train.rundir import read_records
-from prime_train.sizes import sizes_of
+from prime_train.plan.flops import stage_flops
+from prime_train.plan.hardware import DEVICES
+from prime_train.plan.make import make_plan
+from prime_train.plan.rates import rates_of
+from prime_train.plan.records import GIB, Cluster, Plan, Role
+from prime_train.plan.sizes import sizes_of
+from prime_train.run.directory import read_records
 
 SHAPES = {
     # hidden, intermediate, layers, heads, key-value heads: config.json of Qwen/Qwen2.5-7B, -32B and -72B; their

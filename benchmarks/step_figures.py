@@ -3,10 +3,8 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from prime_train.plan import Plan  # what prints a table needs no models
+from prime_train.plan.records import Plan
 
 WHOLE = "step"
 """Name of all stages together."""
@@ -30,9 +28,7 @@ class Figure:
         return self.measured / self.predicted
 
 
-def compared(
-    plan: "Plan", flops: Mapping[str, float], peak: float, steps: Sequence[Mapping[str, float]]
-) -> list[Figure]:
+def compared(plan: Plan, flops: Mapping[str, float], peak: float, steps: Sequence[Mapping[str, float]]) -> list[Figure]:
     """Seconds, tokens/s, MFU and peak memory; of each the median over the steps.
 
     Args:
@@ -46,7 +42,7 @@ def compared(
     ]
 
 
-def _pairs(plan: "Plan", flops: Mapping[str, float], peak: float) -> Iterator[tuple[str, str, float, str]]:
+def _pairs(plan: Plan, flops: Mapping[str, float], peak: float) -> Iterator[tuple[str, str, float, str]]:
     """Stage, unit, what the plan says of it, and the name of the metric that measures it."""
     seconds = {d.name: d.seconds for d in plan.durations}
     for stage, value in seconds.items():

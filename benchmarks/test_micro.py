@@ -65,7 +65,7 @@ def test_implicit_reward(benchmark, rows, granularity):
 
 
 def test_leave_one_out_advantages(benchmark, rows):
-    module = pytest.importorskip("prime_train.advantages", reason="prime_train has no advantages yet")
+    module = pytest.importorskip("prime_train.algorithm.advantages", reason="prime_train has no advantages yet")
     rewards = rows["new"].view(SEQUENCES, -1)
     group = torch.arange(SEQUENCES, device=DEVICE) // 8
     benchmark(lambda: module.leave_one_out(rewards, torch.ones_like(rewards, dtype=torch.bool), group))

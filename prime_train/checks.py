@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 
-from .checkpoints import CONFIG
-from .config import Config
-from .data import arithmetic_operations
-from .models import tiny_shape
-from .rundir import CHECKPOINTS
-from .saved import newest, refuse_damaged
-from .settings import ConfigError
-from .setup import SFT, TINY, device_of
+from .config.keys import Config
+from .config.settings import ConfigError
+from .data.prompts import arithmetic_operations
+from .models.language_model import tiny_shape
+from .run.checkpoints import CONFIG
+from .run.directory import CHECKPOINTS
+from .run.saved import newest, refuse_damaged
+from .run.setup import SFT, TINY, device_of
 from .verify.pool import load_custom
 
 DATA_FILES = (".jsonl", ".json", ".parquet")
@@ -158,7 +158,7 @@ def _impossible_world(config: Config) -> list[str]:
 def _missing_server(config: Config) -> list[str]:
     if config.rollout.engine != "vllm" or int(os.environ.get("RANK", 0)):  # one process speaks to servers
         return []
-    from .vllm.probe import server_problems, transport_problems  # its HTTP client is for runs that have servers
+    from .rollout.vllm.probe import server_problems, transport_problems  # its HTTP client is for runs that have servers
 
     found = [f"vllm.transport: {problem}" for problem in (*transport_problems(config), *_too_little_room(config))]
     found += [f"vllm.servers: {problem}" for problem in server_problems(config)]
@@ -174,7 +174,7 @@ def _too_little_room(config: Config) -> list[str]:
     if config.vllm.transport != "file":
         return []
     from .plan.records import Unplannable
-    from .vllm.build import room_of
+    from .rollout.vllm.build import room_of
 
     try:
         room = room_of(config)

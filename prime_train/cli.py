@@ -6,17 +6,17 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from .config import Config
-from .saved import CheckpointError, CheckpointRefused
-from .settings import ConfigError, load_config, reference_table, shipped
+from .config.keys import Config
+from .config.settings import ConfigError, load_config, reference_table, shipped
+from .rollout.vllm.errors import ServerError
+from .run.saved import CheckpointError, CheckpointRefused
 from .verify.sandbox import SandboxUnavailable
-from .vllm.errors import ServerError
 
 if TYPE_CHECKING:
-    from .checkpoints import Progress
-    from .distributed import World
-    from .interrupt import Interrupts
-    from .view import View
+    from .models.distributed import World
+    from .run.checkpoints import Progress
+    from .run.interrupt import Interrupts
+    from .show.view import View
 
 USAGE = """prime-train COMMAND …
 
@@ -72,11 +72,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(words: list[str]) -> int:
-    from . import checks, setup
-    from .interrupt import Interrupts
+    from . import checks
     from .plan import command
-    from .rundir import completed
-    from .view import View
+    from .run import setup
+    from .run.directory import completed
+    from .run.interrupt import Interrupts
+    from .show.view import View
 
     dry, force = "--dry-run" in words, "--force" in words
     config = _config("run", [word for word in words if word not in ("--dry-run", "--force")])
@@ -101,7 +102,7 @@ def _run(words: list[str]) -> int:
                 view.say(f"stopped{place}; the same command goes on from here")
                 return _stopped(world, interrupts)
         if world.leads:
-            from .report import draw
+            from .show.report import draw
 
             view.say(f"complete: {progress.step} steps in {progress.seconds:.0f} s; curves in {draw([config.run.dir])}")
     return 0
@@ -109,7 +110,8 @@ def _run(words: list[str]) -> int:
 
 def _trained(config: Config, view: "View", world: "World", interrupts: "Interrupts") -> "Progress | None":
     """Where PRIME stands at its end, or where it was stopped; None if that was before it began."""
-    from . import prime, setup, sft
+    from . import prime, sft
+    from .run import setup
 
     if config.model.policy == setup.SFT:
         directory = sft.train(config, view, world, interrupts)
@@ -119,9 +121,10 @@ def _trained(config: Config, view: "View", world: "World", interrupts: "Interrup
 
 
 def _sft(words: list[str]) -> int:
-    from . import checks, setup, sft
-    from .interrupt import Interrupts
-    from .view import View
+    from . import checks, sft
+    from .run import setup
+    from .run.interrupt import Interrupts
+    from .show.view import View
 
     config = _config("sft", words)
     checks.refuse_impossible(config)
@@ -135,9 +138,10 @@ def _sft(words: list[str]) -> int:
 
 
 def _eval(words: list[str]) -> int:
-    from . import checks, prime, setup
-    from .measures import described
-    from .view import View
+    from . import checks, prime
+    from .run import setup
+    from .show.measures import described
+    from .show.view import View
 
     config = _config("eval", words)
     checks.refuse_impossible(config)
@@ -153,15 +157,15 @@ def _eval(words: list[str]) -> int:
 
 
 def _plan(words: list[str]) -> int:
-    from . import setup
     from .plan.command import main as plan
+    from .run import setup
 
     setup.quiet_transformers()
     return plan(words, lambda rest: _config("plan", rest))
 
 
 def _export(words: list[str]) -> int:
-    from .export import main as export
+    from .run.export import main as export
 
     return export(words)
 
@@ -178,7 +182,7 @@ def _verify(words: list[str]) -> int:
 
 
 def _report(words: list[str]) -> int:
-    from .report import main as report
+    from .show.report import main as report
 
     return report(words)
 

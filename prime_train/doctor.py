@@ -13,13 +13,13 @@ from typing import Literal
 import httpx2
 import torch
 
-from .config import Config
+from .config.keys import Config
 from .plan.records import Unplannable
-from .setup import device_of
+from .rollout.vllm.build import room_of, weights_directory
+from .rollout.vllm.probe import refuse_old, served_version, transport_problems
+from .rollout.vllm.room import SHARED_MEMORY
+from .run.setup import device_of
 from .verify.sandbox import Sandbox, SandboxUnavailable
-from .vllm.build import room_of, weights_directory
-from .vllm.probe import refuse_old, served_version, transport_problems
-from .vllm.room import SHARED_MEMORY
 
 TORCH, TRITON = (2, 11), (3, 6)
 """The oldest that are supported."""

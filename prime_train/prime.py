@@ -10,30 +10,31 @@ from dataclasses import replace
 
 from transformers import PreTrainedTokenizerBase
 
-from . import measures, mismatch, policy, prm
-from .advantages import advantages, padded
-from .ahead import Ahead
-from .checkpoints import Progress, load_weights, progress_at
-from .config import Config
-from .data import Stream, load_prompts, prompt_length
-from .distributed import World
-from .engine import Engine
-from .evaluation import evaluate
-from .flops import Tokens, stage_flops, tokens_of
-from .hardware import peak_flops
-from .interrupt import Interrupted, Interrupts
-from .models import LanguageModel
-from .outcomes import Outcomes
-from .packing import pack
+from .algorithm import mismatch, policy, prm
+from .algorithm.advantages import advantages, padded
+from .algorithm.scoring import score
+from .config.keys import Config
+from .data.prompts import Stream, load_prompts, prompt_length
+from .evaluation.accuracy import evaluate
+from .models.distributed import World
+from .models.language_model import LanguageModel
+from .models.packing import pack
+from .plan.flops import Tokens, stage_flops, tokens_of
+from .plan.hardware import peak_flops
+from .plan.sizes import sizes_of
 from .records import Prompt
-from .rollouts import Collected, collect
-from .rundir import CHECKPOINTS, RunDirectory
-from .sampler import LocalEngine
-from .saved import newest
-from .scoring import score
-from .setup import eos_tokens, load_models, load_policy
-from .sizes import sizes_of
-from .view import View, step_summary, token_samples
+from .rollout.ahead import Ahead
+from .rollout.collect import Collected, collect
+from .rollout.engine import Engine
+from .rollout.outcomes import Outcomes
+from .rollout.sampler import LocalEngine
+from .run.checkpoints import Progress, load_weights, progress_at
+from .run.directory import CHECKPOINTS, RunDirectory
+from .run.interrupt import Interrupted, Interrupts
+from .run.saved import newest
+from .run.setup import eos_tokens, load_models, load_policy
+from .show import measures
+from .show.view import View, step_summary, token_samples
 
 
 def train(config: Config, view: View, world: World, interrupts: Interrupts) -> Progress:
@@ -197,7 +198,7 @@ def held_out_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> list
 def rollout_engine(config: Config, model: LanguageModel, tokenizer: PreTrainedTokenizerBase, world: World) -> Engine:
     eos = eos_tokens(tokenizer, model)
     if config.rollout.engine == "vllm":
-        from .vllm.build import vllm_engine  # its HTTP client is for runs that have servers
+        from .rollout.vllm.build import vllm_engine  # its HTTP client is for runs that have servers
 
         return vllm_engine(config, model, eos, world)
     return LocalEngine(model, eos=eos, cache_bytes=config.rollout.cache_gib * 2**30, world=world)

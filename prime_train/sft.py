@@ -9,23 +9,23 @@ from torch import Tensor
 
 from prime_kernels import LogProbHead
 
-from . import optim
-from .checkpoints import Progress
-from .config import SFT, Config
-from .data import Stream, demonstration_length, load_demonstrations
-from .distributed import World
-from .flops import tokens_of, training_flops
-from .hardware import peak_flops
-from .interrupt import Interrupts
-from .measures import Clock
-from .models import LanguageModel
-from .packing import Layout, micro_batches, pack_sequences
+from .config.keys import SFT, Config
+from .data.prompts import Stream, demonstration_length, load_demonstrations
+from .models import optim
+from .models.distributed import World
+from .models.language_model import LanguageModel
+from .models.packing import Layout, micro_batches, pack_sequences
+from .models.snapshot import save_model
+from .plan.flops import tokens_of, training_flops
+from .plan.hardware import peak_flops
+from .plan.sizes import sizes_of
 from .records import Sequences
-from .rundir import RunDirectory
-from .setup import layout_of, load_base, sft_directory
-from .sizes import sizes_of
-from .snapshot import save_model
-from .view import View
+from .run.checkpoints import Progress
+from .run.directory import RunDirectory
+from .run.interrupt import Interrupts
+from .run.setup import layout_of, load_base, sft_directory
+from .show.measures import Clock
+from .show.view import View
 
 GRAD_CLIP = 1.0
 WARMUP = 0.1

@@ -8,9 +8,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from prime_train.distributed import joined
-
-from .processes import ProcessFailed, run_alone, run_ranks, started_ranks
+from prime_train.models.distributed import joined
+from tests.support.processes import ProcessFailed, run_alone, run_ranks, started_ranks
 
 CPU = torch.device("cpu")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.quickstart import draw, readme_block
-from prime_train.rundir import read_records
+from prime_train.run.directory import read_records
 
 
 def prime_train(*words: str) -> str:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from benchmarks.cases import ALL_OPS, Case
 from benchmarks.inputs import BETA, Inputs
-from benchmarks.providers import Fn, Provider
+from benchmarks.providers.provider import Fn, Provider
 from benchmarks.providers.wheels import Unavailable
 from prime_kernels import linear_logprob, linear_ppo_loss, linear_prm_loss, linear_token_loss, ppo_clip_loss
 from prime_kernels.calls import strategy_for

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from benchmarks.cases import Case
 from benchmarks.inputs import Inputs
-from benchmarks.providers import Fn, Provider, wheels
+from benchmarks.providers import wheels
+from benchmarks.providers.provider import Fn, Provider
 from benchmarks.providers.wheels import Unavailable
 
 TRL_COLUMNS = 32768  # vocabulary columns in one of TRL's tiles; its own setting

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from benchmarks.cases import ALL_OPS, Case
 from benchmarks.inputs import BETA, Inputs
-from benchmarks.providers import Fn, Provider
+from benchmarks.providers.provider import Fn, Provider
 from benchmarks.providers.wheels import Unavailable
 
 CHUNK = 1024  # tokens; prime-rl's choice

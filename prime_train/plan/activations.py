@@ -28,9 +28,9 @@ from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from ..models import recompute_blocks
-from ..sizes import blocks_of, build, config_key, config_of, shortened
+from ..models.language_model import recompute_blocks
 from .records import Unplannable
+from .sizes import blocks_of, build, config_key, config_of, shortened
 
 BLOCKS = 2
 """Blocks of the model that is run."""

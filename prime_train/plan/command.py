@@ -5,11 +5,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from ..config import Config
-from ..hardware import Device, measured_flops, memory_bytes, named
-from ..settings import ConfigError
-from ..setup import device_of
+from ..config.keys import Config
+from ..config.settings import ConfigError
+from ..run.setup import device_of
 from .durations import Lengths
+from .hardware import Device, measured_flops, memory_bytes, named
 from .make import make_plan, tokens_of
 from .memory import dtype_of
 from .rates import Rates, default_device, rates_of

@@ -11,13 +11,13 @@ backward, gradients reduced in fp32, all around a ring of the shards; replicas a
 import math
 from dataclasses import dataclass
 
-from ..config import Config
-from ..flops import Tokens, block_flops, forward_flops, head_flops, passes_of, sampling_flops, training_flops
-from ..sizes import Sizes
+from ..config.keys import Config
+from .flops import Tokens, block_flops, forward_flops, head_flops, passes_of, sampling_flops, training_flops
 from .memory import Crew, Member, dtype_of, is_sharded, longest, rows_of, state_of
 from .rates import HOP, HOST, LAUNCHES, PCIE, Rates
 from .records import Cluster, Duration
 from .sampling import asked_of, expanded
+from .sizes import Sizes
 
 PASSING = 0.5
 """Share of the prompts that the filter lets through, if it filters at all."""

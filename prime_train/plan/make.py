@@ -7,9 +7,9 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from ..config import Config
-from ..flops import stage_flops
+from ..config.keys import Config
 from .durations import Lengths, assumptions, batch_tokens, durations_of
+from .flops import stage_flops
 from .memory import ASLEEP, Crew, crew_of, host_of, longest, roles_of, server_share, shares_gpu, stages_of
 from .models import architectures_of
 from .rates import Rates

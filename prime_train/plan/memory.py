@@ -22,12 +22,12 @@ from dataclasses import dataclass
 import torch
 from transformers import PretrainedConfig
 
-from ..config import Config
-from ..sizes import Sizes, sizes_of
+from ..config.keys import Config
 from .activations import Activations, count_activations
 from .head import logprob_bytes, loss_bytes
 from .records import GIB, Cluster, Item, Role, Stage
 from .sampling import Asked, Together, asked_of, moments, together
+from .sizes import Sizes, sizes_of
 
 ROLES: dict[Role, str] = {"policy": "policy", "prm": "PRM", "reference": "reference"}
 SAMPLED_BY = {

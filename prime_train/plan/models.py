@@ -3,10 +3,10 @@
 import torch
 from transformers import AutoConfig, PretrainedConfig
 
-from .. import arithmetic
-from ..config import Config
-from ..models import tiny_model
-from ..setup import SFT, TINY, sft_directory
+from ..config.keys import Config
+from ..data import arithmetic
+from ..models.language_model import tiny_model
+from ..run.setup import SFT, TINY, sft_directory
 from .memory import roles_of
 from .records import Role, Unplannable
 

@@ -1,4 +1,4 @@
-"""What the embedded engine is asked for at once, and what one process holds while it samples: see `sampler.py`.
+"""What the embedded engine is asked for at once, and what one process holds while it samples: see `rollout/sampler.py`.
 
 A round of rollouts has `rollout.samples` responses to each prompt; an evaluation goes over all of its prompts greedily,
 and once more with `eval.samples` responses to each. As many of them as the cache has room for are sampled together. The
@@ -16,11 +16,11 @@ from importlib.util import find_spec
 
 from transformers.integrations import sdpa_attention
 
-from ..config import Config
-from ..sampler import CHOICE, PREFILL, choice_rows
-from ..sizes import Sizes
+from ..config.keys import Config
+from ..models.generation import CHOICE, PREFILL, choice_rows
 from .activations import Activations
 from .records import GIB, Item
+from .sizes import Sizes
 
 SAMPLED = 20
 """Bytes of a token that is sampled, beside its cache: its number in fp64, the token, its log-prob."""

@@ -25,8 +25,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from prime_train.verify.records import Status
-from prime_train.verify.sandbox import Run, Sandbox
+from .records import Status
+from .sandbox import Run, Sandbox
 
 SCORED_TESTS = 10
 _LATER_TESTS = 40  # how many of the others go into the sandbox at once

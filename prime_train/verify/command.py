@@ -19,9 +19,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from prime_train.verify.answers import FORMS
-from prime_train.verify.pool import VerifierPool, metrics
-from prime_train.verify.records import Answer, Verdict
+from .answers import FORMS
+from .pool import VerifierPool, metrics
+from .records import Answer, Verdict
 
 _CHUNK = 1024  # lines that are held at a time
 
@@ -119,7 +119,7 @@ def parse_line(line: str) -> Answer:
 
 def _reference(value: Any, ability: str) -> str:
     if ability == "code":
-        from prime_train.verify.code import parse_tests
+        from .code import parse_tests
 
         text = value if isinstance(value, str) else json.dumps(value)
         parse_tests(text)

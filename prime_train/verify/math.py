@@ -18,9 +18,9 @@ import itertools
 import re
 from functools import lru_cache
 
-from prime_train.verify import expressions, latex
-from prime_train.verify.answers import FORMS, extract_answer
-from prime_train.verify.units import Unit, parse_unit
+from . import expressions, latex
+from .answers import FORMS, extract_answer
+from .units import Unit, parse_unit
 
 _CHOICE = re.compile(r"(?:(?:option|choice|answer)\s+)?\(?\s*([A-J])\s*\)?[.:]?", re.I)
 _LABEL = re.compile(r"\(\s*[A-E]\s*\)\s*(?=\S)")

@@ -26,8 +26,8 @@ from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any, Self, cast
 
-from prime_train.verify.answers import FORMS
-from prime_train.verify.records import Answer, Status, Verdict
+from .answers import FORMS
+from .records import Answer, Status, Verdict
 
 logger = logging.getLogger(__name__)
 
@@ -251,7 +251,7 @@ def score(answer: Answer) -> tuple[float, Status, str]:
         if len(answer.response) > _MAX_RESPONSE:
             return 0.0, "ok", "the response is too long"
         if answer.ability == "math":
-            from prime_train.verify.math import verify_math
+            from .math import verify_math
 
             right = verify_math(answer.response, answer.reference, answer.prompt, settings.extract)
             return float(right), "ok", ""
@@ -263,8 +263,8 @@ def score(answer: Answer) -> tuple[float, Status, str]:
 
 
 def _score_code(answer: Answer, settings: Settings) -> tuple[float, Status, str]:
-    from prime_train.verify.code import score_code
-    from prime_train.verify.sandbox import Limits, Sandbox, SandboxUnavailable
+    from .code import score_code
+    from .sandbox import Limits, Sandbox, SandboxUnavailable
 
     if _Worker.sandbox is None and not _Worker.refusal:
         limits = Limits(

@@ -4,7 +4,7 @@ The parser of formulas learns its grammar while it reads, a tenth of a second fo
 find it learnt.
 """
 
-from prime_train.verify import code, expressions, math
+from . import code, expressions, math
 
 __all__ = ["code", "math"]
 

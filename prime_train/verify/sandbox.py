@@ -27,7 +27,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from prime_train.verify.seccomp import seccomp_filter
+from .seccomp import seccomp_filter
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,44 @@
+"""The workspace bound, counted allocation by allocation."""
+
+import pytest
+import torch
+
+from benchmarks.scratch import measure
+from prime_kernels.workspace import MIB
+from tests.support.oracle import BF16, F32
+
+SHAPES = [
+    pytest.param(64, 16, 20000, id="few-tokens-many-columns"),
+    pytest.param(20000, 16, 64, id="many-tokens-few-columns"),
+    pytest.param(4000, 64, 3000, id="both"),
+    pytest.param(700, 1500, 500, id="wide-hidden"),
+]
+
+
+@pytest.mark.parametrize(("N", "D", "V"), SHAPES)
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_scratch_memory_stays_within_the_workspace(N, D, V, dtype):
+    # The full logits of the third shape take 46 MiB.
+    scratch = measure(N, D, V, dtype=dtype, device="cpu", backend="torch", workspace=8 * MIB)
+    assert 0 < scratch.forward <= 8 * MIB
+    assert 0 < scratch.backward <= 8 * MIB
+
+
+@pytest.mark.parametrize(("N", "D", "V"), SHAPES)
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_one_pass_losses_stay_within_the_workspace_beside_the_weights_gradient(N, D, V, dtype):
+    scratch = measure(N, D, V, dtype=dtype, device="cpu", backend="torch", workspace=16 * MIB, op="ppo")
+    assert scratch.bounded, scratch
+
+
+def test_kernels_work_in_the_memory_the_plan_counts():
+    scratch = measure(50, 32, 5000, dtype=F32, device="cpu", backend="chunked", workspace=MIB // 2)
+    assert 0 < max(scratch.forward, scratch.backward) <= MIB // 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["torch", "chunked", "fused"])
+def test_scratch_memory_stays_within_the_default_workspace_on_cuda(backend):
+    # 8 GiB of fp32 logits; dX of the second shape does not fit.
+    for N, D, V in ((16384, 1024, 131072), (65536, 4096, 16384)):
+        assert measure(N, D, V, dtype=torch.bfloat16, device="cuda", backend=backend).bounded
