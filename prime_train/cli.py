@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from .config.keys import Config
-from .config.settings import ConfigError, load_config, reference_table, shipped
+from .config.settings import ConfigError, load_config, shipped
 from .rollout.vllm.errors import ServerError
 from .run.saved import CheckpointError, CheckpointRefused
 from .verify.sandbox import SandboxUnavailable
@@ -20,21 +20,30 @@ if TYPE_CHECKING:
 
 USAGE = """prime-train COMMAND …
 
-  run CONFIG [--section.key value …]               train: SFT if the config asks for it, then PRIME; resumes
-      [--dry-run] [--force]                        print the resolved config and its plan; run what does not fit, too
-  sft CONFIG [--section.key value …]               the SFT stage alone
-  eval CONFIG [--section.key value …]              accuracy of the newest checkpoint on the held-out prompts
-  plan CONFIG [--section.key value …]              will it fit, how long will a step take; here, or on
-      [--gpus N] [--memory GIB]                    N GPUs of so much memory each,
-      [--host-memory GIB]                          in hosts of so much,
-      [--tflops T] [--bandwidth GB/S]              that achieve so much
-  export CONFIG|RUN_DIR --out DIR [--model prm]    a checkpoint's policy or PRM, for transformers and vLLM
-  verify FILE.jsonl [--out SCORES.jsonl]           score a file of responses
-  report RUN [RUN …] [--out FILE.png]              draw the curves of runs over each other
-  doctor [CONFIG [--section.key value …]]          whether this installation can run that configuration
-  keys                                             every configuration key, its default and meaning
+  run CONFIG [--section.key value …]    train: SFT if the config asks for it,
+                                        then PRIME; resumes
+      [--dry-run]                       print the resolved config and its plan
+      [--force]                         run what does not fit, too
+  sft CONFIG [--section.key value …]    the SFT stage alone
+  eval CONFIG [--section.key value …]   accuracy of the newest checkpoint on the
+                                        held-out prompts
+  plan CONFIG [--section.key value …]   will it fit, how long will a step take;
+      [--gpus N] [--memory GIB]         here, or on N GPUs of so much memory
+      [--host-memory GIB]               each, in hosts of so much,
+      [--tflops T] [--bandwidth GB/S]   that achieve so much
+  export CONFIG|RUN_DIR --out DIR       a checkpoint's policy or PRM, for
+      [--model prm]                     transformers and vLLM
+  verify FILE.jsonl [--out FILE.jsonl]  score a file of responses
+  report RUN [RUN …] [--out FILE.png]   draw the curves of runs over each other
+  doctor [CONFIG [--section.key v …]]   whether this installation can run that
+                                        configuration
+  keys [SECTION | KEY | WORD …]         every configuration key, or those that
+                                        have all the words
+  metrics [GROUP | METRIC | WORD …]     the same of every metric of a run
+      [--markdown]                      all keys, or all metrics, as a page
 
-CONFIG is a TOML file or the name of a shipped one: {}.
+CONFIG is a TOML file or the name of a shipped one:
+  {}.
 """
 OWN_HELP = ("export", "verify", "report")
 """Commands that print their own options."""
@@ -47,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = {
         "run": _run, "sft": _sft, "eval": _eval, "plan": _plan, "export": _export, "verify": _verify,
         "report": _report,
-        "doctor": _doctor, "keys": _keys,
+        "doctor": _doctor, "keys": _keys, "metrics": _metrics,
     }  # fmt: skip
     asked = command in commands and command not in OWN_HELP and not {"-h", "--help"}.isdisjoint(words)
     if asked or command in ("-h", "--help", "help"):
@@ -199,9 +208,16 @@ def _doctor(words: list[str]) -> int:
 
 
 def _keys(words: list[str]) -> int:
-    if words:
-        raise ConfigError(f"keys takes nothing, found {words[0]}")
-    print(reference_table())
+    from . import reference
+
+    reference.show(reference.keys(), words)
+    return 0
+
+
+def _metrics(words: list[str]) -> int:
+    from . import reference
+
+    reference.show(reference.metrics(), words)
     return 0
 
 

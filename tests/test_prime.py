@@ -32,6 +32,7 @@ from prime_train.run.directory import read_records
 from prime_train.run.interrupt import Interrupted, Interrupts
 from prime_train.run.setup import load_models
 from prime_train.show import report
+from tests.show.test_metrics import NAMES
 from tests.support.paths import ROOT
 from tests.support.tiny import saved_model, weights
 
@@ -249,6 +250,7 @@ def test_a_step_of_every_kind_has_finite_figures_and_moves_the_weights(tmp_path,
     assert cli.main(["run", path, *words]) == 0
     [_, record] = figures(tmp_path)
     assert all(math.isfinite(value) for value in record.values())
+    assert {name for found in read_records(tmp_path / "run" / "metrics.jsonl") for name in found} <= NAMES | {"step"}
     assert record["policy/grad_norm"] > 0
     assert record["skipped/policy"] == record.get("skipped/prm", 0) == 0
     assert ("prm/pairwise_accuracy" in record) == (load_config(path).advantage.process_coef > 0)

@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "evaluation": {"records", "config", "verify", "data", "models", "run", "rollout", "show"},
 }
 """Of each room, from the lowest up, the rooms whose modules its own may import."""
-PROGRAMS = {"prime", "sft", "checks", "doctor", "cli", "__main__"}
+PROGRAMS = {"prime", "sft", "checks", "doctor", "reference", "cli", "__main__"}
 """Above all rooms: they may import every one, and no room imports them."""
 
 

@@ -16,6 +16,7 @@ from prime_train.run.directory import read_records
 from prime_train.run.interrupt import Interrupts
 from prime_train.run.setup import joined_world
 from prime_train.show.view import View
+from tests.show.test_metrics import NAMES
 from tests.support.tiny import (
     FORMULA_TOLERANCE,
     LAYOUTS,
@@ -124,6 +125,7 @@ def test_time_memory_and_mfu_are_logged_saves_with_the_step_after_them(tmp_path)
     assert cli.main(["sft", config_file(tmp_path, steps=3)]) == 0
     first, *others = read_records(tmp_path / "run" / "sft" / "metrics.jsonl")
     for record in (first, *others):
+        assert record.keys() <= NAMES | {"step"}
         assert 0 < record["time/sft"] <= record["time/step"]
         assert record["memory/sft_gib"] > 0
         assert 0 < record["throughput/mfu_sft"] == record["throughput/mfu"] < 1

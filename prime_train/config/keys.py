@@ -25,6 +25,8 @@ class Section(BaseModel):
 
 
 class Run(Section):
+    """The run as a whole: its directory, length, seed, device and checkpoints."""
+
     dir: Path = Path("runs/prime")
     """Directory of everything the run leaves; the same command in the same directory resumes."""
     steps: Whole = 240
@@ -48,6 +50,8 @@ class Run(Section):
 
 
 class Model(Section):
+    """Policy, PRM and reference: what they start from, how they are held and computed."""
+
     policy: str = "PRIME-RL/Eurus-2-7B-SFT"
     """SFT model the policy starts from: a directory, a hub name, or `sft` for what this run's own SFT stage made."""
     prm: str | None = None
@@ -73,6 +77,8 @@ class Model(Section):
 
 
 class Data(Section):
+    """Prompts to train on and to evaluate with."""
+
     train: str = "PRIME-RL/Eurus-2-RL-Data:train"
     """Prompts: `arithmetic` (generated; `arithmetic:6` has six operations, not four), a .jsonl, .json or .parquet file,
     or a hub dataset as `name:split`."""
@@ -87,6 +93,8 @@ class Data(Section):
 
 
 class SFT(Section):
+    """Supervised fine-tuning before PRIME, where `model.policy` is `sft`."""
+
     base: str = "Qwen/Qwen2.5-Math-7B"
     """Model to start from: a directory, a hub name, or `tiny:96x3x4` for random weights of the Qwen2 architecture with
     so many dimensions, layers and heads and the characters of `arithmetic` for a vocabulary."""
@@ -103,6 +111,8 @@ class SFT(Section):
 
 
 class Rollout(Section):
+    """Sampling of responses to prompts."""
+
     engine: Literal["local", "vllm"] = "local"
     """`local`: sampled by this process from the policy's own weights; `vllm`: by vLLM servers over HTTP."""
     prompts: Count = 256
@@ -122,6 +132,8 @@ class Rollout(Section):
 
 
 class VLLM(Section):
+    """The servers of rollout.engine `vllm`."""
+
     servers: str = ""
     """URLs of running servers, separated by spaces; or what starts one: the Python of an environment that has vLLM, and
     then options of its server, if any."""
@@ -153,10 +165,12 @@ class VLLM(Section):
 
 
 class Filter(Section):
+    """Which prompts are trained on, by the mean outcome of their responses."""
+
     low: Share = 0.2
-    """A prompt is kept if its mean outcome is at least this …"""
+    """A prompt is kept if its mean outcome is at least this."""
     high: Share = 0.8
-    """… and at most this."""
+    """A prompt is kept if its mean outcome is at most this."""
     max_prompts: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 8.0
     """Sampling goes on until the batch is full, at most over this many times `rollout.prompts` prompts."""
     drop_truncated: bool = False
@@ -170,6 +184,8 @@ class Filter(Section):
 
 
 class Verify(Section):
+    """Outcomes of math and code answers."""
+
     workers: Count = 8
     """Verifier processes."""
     deadline: Positive = 30.0
@@ -183,6 +199,8 @@ class Verify(Section):
 
 
 class PRM(Section):
+    """The implicit PRM: its rewards, and what it learns from outcomes."""
+
     update: Literal["after", "before", "none"] = "after"
     """When the PRM learns from a batch: `after` its rewards are taken, from the same forward; `before`, scoring the
     batch again; `none`, never."""
@@ -215,6 +233,8 @@ class PRM(Section):
 
 
 class Advantage(Section):
+    """Advantages of tokens, from process rewards and outcomes."""
+
     estimator: Literal["rloo", "rloo_released", "grpo", "reinforce"] = "rloo"
     """Baseline: leave-one-out as in Eq. 5 of the paper, or as the released code computes it on process rewards; group
     mean and deviation; none."""
@@ -233,6 +253,8 @@ class Advantage(Section):
 
 
 class Policy(Section):
+    """The policy's update: PPO."""
+
     lr: Positive = 5e-7
     """Learning rate of AdamW, constant."""
     weight_decay: NonNegative = 0.01
@@ -244,9 +266,9 @@ class Policy(Section):
     epochs: Count = 1
     """Passes over a batch."""
     clip_low: Share = 0.2
-    """The probability ratio is clipped below at 1 − this …"""
+    """The probability ratio is clipped below at 1 − this."""
     clip_high: NonNegative = 0.2
-    """… and above at 1 + this."""
+    """The probability ratio is clipped above at 1 + this."""
     dual_clip: Annotated[float, Field(gt=1)] | None = None
     """Bound c on −A·ratio/|A| where the advantage is negative; none where left out."""
     entropy_coef: Finite = 0.0
@@ -258,6 +280,8 @@ class Policy(Section):
 
 
 class Evaluation(Section):
+    """Accuracy on held-out prompts during training."""
+
     every: Whole = 16
     """Steps between evaluations; 0 for none but those before the first and after the last step."""
     prompts: Count = 1024

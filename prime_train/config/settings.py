@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from .keys import Config
+from .keys import Config, Section
 
 
 class ConfigError(Exception):
@@ -25,6 +25,11 @@ def shipped() -> list[str]:
         for path in resources.files("prime_train.config.recipes").iterdir()
         if path.name.endswith(".toml")
     )
+
+
+def sections() -> dict[str, type[Section]]:
+    """Sections by name, in order."""
+    return {name: field.annotation for name, field in Config.model_fields.items()}  # type: ignore[misc]
 
 
 def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
@@ -90,7 +95,7 @@ def _parsed(section: str, key: str, value: str) -> Any:
 
 def _keys(section: str) -> dict[str, FieldInfo]:
     """A section's keys, by name."""
-    return Config.model_fields[section].annotation.model_fields  # type: ignore[union-attr]
+    return sections()[section].model_fields
 
 
 def _refuse_unknown(section: str, key: str) -> None:
@@ -115,14 +120,3 @@ def _explained(error: Any) -> str:
     if error["type"] == "value_error":
         return message
     return f"{place}: {message}, got {json.dumps(error['input'], default=str)}"
-
-
-def reference_table() -> str:
-    """Every key with its default and meaning, as Markdown."""
-    lines = ["| key | default | meaning |", "|---|---|---|"]
-    for section in Config.model_fields:
-        for key, info in _keys(section).items():
-            meaning = " ".join((info.description or "").split())
-            default = "" if info.default is None else json.dumps(info.default, default=str)
-            lines.append(f"| `{section}.{key}` | {default} | {meaning} |")
-    return "\n".join(lines)

@@ -1,4 +1,7 @@
-"""Figures of a step, from the records that its stages left: flat dictionaries of numbers, one a stage."""
+"""Figures of a step, from the records that its stages left: flat dictionaries of numbers, one a stage.
+
+What each of them says is in `metrics`.
+"""
 
 import contextlib
 import re
@@ -63,11 +66,7 @@ def of_mismatch(mismatch: Mismatch) -> Figures:
 
 
 def of_prm(beta: float, batch: Batch, reference: Tensor, rewards: ProcessRewards, update: PRMUpdate | None) -> Figures:
-    """Whether the PRM tells right from wrong, as its rewards were taken, and where its rewards lie.
-
-    reward/rare_wrong reveals process-reward hacking: the mean log-ratio of tokens that are rare under the reference, in
-    responses that fail. It should be negative.
-    """
+    """Whether the PRM tells right from wrong, as its rewards were taken, and where its rewards lie."""
     cu, outcomes = batch.sequences.cu_responses, batch.outcomes
     right = outcomes >= 0.5
     rare = (reference < RARE) & ~right.repeat_interleave(cu.diff())
@@ -193,12 +192,6 @@ class Clock:
 
     def figures(self, tokens: int, flops: Mapping[str, float] | None = None, peak: float | None = None) -> Figures:
         """Time, throughput and memory since the last call, of the slowest and of the fullest process. Collective.
-
-        time/STAGE, time/step         seconds; a checkpoint's, of the step before, are those that training stood still
-        throughput/tokens_per_s       trained prompt and response tokens a second, evaluation left out
-        throughput/mfu_STAGE, mfu     model FLOPs over seconds and `peak`: of a stage, of all these stages together
-        memory/STAGE_gib, peak_gib    the most that was held: by the GPU's tensors; on a CPU by the process, with freed
-                                      memory that glibc was told to keep
 
         Args:
             tokens: of the batch, all processes together.
