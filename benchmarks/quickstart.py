@@ -1,8 +1,8 @@
 """PRIME against outcomes alone on the quickstart's task: several seeds of both, from the same SFT models.
 
 `python -m benchmarks.quickstart --out DIR` runs what a user would run, one run after the other, and leaves
-DIR/quickstart.json (accuracies and seconds of every run) and DIR/quickstart.png (their learning curves); with --readme
-the README's picture and table are made from them.
+DIR/quickstart.json (accuracies and seconds of every run) and DIR/quickstart.png (their learning curves); --pages writes
+the picture and the table of the Markdown pages from the newest kept ones.
 """
 
 import argparse
@@ -20,10 +20,9 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from benchmarks.report import RESULTS, ROOT, with_block
+from benchmarks.pages import Block, picture, write_blocks
+from benchmarks.report import RESULTS
 from prime_train.run.directory import read_records
-
-BEGIN, END = "<!-- quickstart: python -m benchmarks.quickstart --readme -->", "<!-- end of quickstart -->"
 
 VARIANTS: dict[str, tuple[str, ...]] = {"PRIME": (), "outcome only": ("--advantage.process_coef", "0")}
 CURVES = (("eval/sampled", "sampled"), ("eval/greedy", "greedy"))
@@ -81,13 +80,11 @@ def draw(runs: Sequence[dict[str, Any]], out: Path) -> None:
     plt.close(figure)
 
 
-def readme_block(results: Path) -> str:
-    """The picture, and a table of accuracies before and after, mean and range over the seeds."""
+def table_block(results: Path) -> str:
+    """A table of accuracies before, halfway and after, mean and range over the seeds."""
     report = json.loads((results / "quickstart.json").read_text())
     seeds = sorted({run["seed"] for run in report["runs"]})
     lines = [
-        f"![held-out accuracy over PRIME steps]({results.as_posix()}/quickstart.png)",
-        "",
         f"Held-out accuracy, {len(seeds)} seeds: mean (lowest to highest).",
         "",
         "| | sampled | greedy |",
@@ -120,10 +117,21 @@ def _row(name: str, evaluations: Sequence[dict[str, float]]) -> str:
     return f"| {name} | {' | '.join(cells)} |"
 
 
+def page_blocks(results: Path = RESULTS) -> dict[str, Block]:
+    """What `--pages` writes, from the newest folder of `results` that has a quickstart."""
+    newest = max(results.glob("*/quickstart.json"), key=lambda path: path.parent.name[-10:]).parent
+    return {
+        "quickstart": lambda folder: table_block(newest),
+        "quickstart-picture": lambda folder: picture(
+            "held-out accuracy over PRIME steps", newest / "quickstart.png", folder
+        ),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=None, help="directory of the results; measures into it")
-    parser.add_argument("--readme", action="store_true", help="rewrite the README's block from the newest kept results")
+    parser.add_argument("--pages", action="store_true", help="rewrite the pages' blocks from the newest kept results")
     parser.add_argument("--work", type=Path, default=Path("runs/quickstart-seeds"), help="directory of the runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     options = parser.parse_args()
@@ -133,11 +141,11 @@ def main() -> None:
         report = {"cpus": os.cpu_count(), "runs": runs}
         (options.out / "quickstart.json").write_text(json.dumps(report, indent=1) + "\n")
         draw(runs, options.out / "quickstart.png")
-    if options.readme:
-        newest = max(RESULTS.glob("*/quickstart.json"), key=lambda path: path.parent.name[-10:]).parent
-        readme = ROOT / "README.md"
-        block = readme_block(newest.relative_to(ROOT))
-        readme.write_text(with_block(readme.read_text(), block, BEGIN, END))
+    if options.pages:
+        try:
+            write_blocks(page_blocks())
+        except ValueError as error:
+            sys.exit(str(error))
 
 
 if __name__ == "__main__":

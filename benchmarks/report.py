@@ -1,14 +1,15 @@
-"""What came out, for readers: tables, and the README's numbers.
+"""What came out, for readers: tables, and the numbers of the Markdown pages.
 
 python -m benchmarks.report RESULTS.json               the tables of a run
 python -m benchmarks.report RESULTS.json --roofline    both floors of each case, and how far each time is from them
 python -m benchmarks.report --keep DIR                 copy a run's JSON and plots to benchmarks/results/HARDWARE-DATE
-python -m benchmarks.report --readme                   write the README's block of numbers from benchmarks/results
+python -m benchmarks.report --pages                    write the pages' numbers from benchmarks/results
 """
 
 import argparse
 import re
 import shutil
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,13 +17,13 @@ from pathlib import Path
 from benchmarks import plots
 from benchmarks.cases import GPU_MAIN, OPS
 from benchmarks.harness import Row
+from benchmarks.pages import ROOT, Block, picture, write_blocks
 from benchmarks.records import NO_CLAIMS, Report
 from benchmarks.roofline import floors, share
 from benchmarks.step_figures import Figure, figures_table
 
-ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-BEGIN, END = "<!-- numbers: python -m benchmarks.report --readme -->", "<!-- end of numbers -->"
+NO_GPU_RUN = "No run on a GPU is kept yet, so no speed and no memory on a GPU is stated here."
 GIB = 1 << 30
 
 
@@ -160,13 +161,25 @@ def write(report: Report, out: Path) -> None:
         print(f"no plots: {type(error).__name__}: {error}")
 
 
-def readme_block(results: Path = RESULTS) -> str:
-    """The README's numbers: the main case of the newest GPU run that was kept, or that there is none."""
-    kept = [Report.load(path) for path in sorted(results.glob("*/results.json"))]
-    runs = sorted((r for r in kept if r.kind == "gpu" and r.rows), key=lambda r: r.environment["date"])
-    if not runs:
-        return "No run on a GPU is kept in `benchmarks/results` yet, so no speed or memory on a GPU is stated here."
-    report = runs[-1]
+def newest_gpu_run(results: Path) -> tuple[Path, Report] | None:
+    """The folder and the report of the newest kept run on a GPU."""
+    kept = [(path.parent, Report.load(path)) for path in sorted(results.glob("*/results.json"))]
+    runs = [(folder, report) for folder, report in kept if report.kind == "gpu" and report.rows]
+    return max(runs, key=lambda run: run[1].environment["date"], default=None)
+
+
+def main_rows(report: Report, op: str) -> list[Row]:
+    """What was timed of `op` at the main shape, fastest first."""
+    timed = [row for row in report.rows if row.case == replace(GPU_MAIN[0], op=op) and row.ms is not None]
+    return sorted(timed, key=lambda row: row.ms or 0.0)
+
+
+def numbers_block(results: Path) -> str:
+    """The main case of the newest GPU run that was kept, or that there is none."""
+    run = newest_gpu_run(results)
+    if run is None:
+        return NO_GPU_RUN
+    report = run[1]
     env = report.environment
     case = GPU_MAIN[0]
     lines = [
@@ -176,8 +189,7 @@ def readme_block(results: Path = RESULTS) -> str:
         "", "| op | provider | ms | of ceiling | peak memory | error |", "|---|---|---|---|---|---|",
     ]  # fmt: skip
     for op in OPS:
-        measured = [r for r in report.rows if r.case == replace(case, op=op) and r.ms is not None]
-        for row in sorted(measured, key=lambda r: r.ms or 0.0):
+        for row in main_rows(report, op):
             numbers = (
                 f"{row.ms:.1f}", _number(share(row.case, row.ms, report.ceilings), "{:.0%}"), _gib(row.peak_bytes),
                 _number(row.error, "{:.1e}"),
@@ -186,10 +198,29 @@ def readme_block(results: Path = RESULTS) -> str:
     return "\n".join(lines)
 
 
-def with_block(readme: str, block: str, begin: str = BEGIN, end: str = END) -> str:
-    """The README with `block` between its marks."""
-    head, rest = readme.split(begin)
-    return f"{head}{begin}\n{block}\n{end}{rest.split(end)[1]}"
+def speed_block(results: Path, folder: Path) -> str:
+    """The same in a picture and a line, for a page of `folder`: our fastest PPO loss beside the fastest other one."""
+    run = newest_gpu_run(results)
+    if run is None:
+        return NO_GPU_RUN
+    kept, report = run
+    env, case = report.environment, GPU_MAIN[0]
+    rows = main_rows(report, case.op)
+    found = []
+    for ours in (True, False):
+        fastest = next((row for row in rows if row.provider.startswith("ours-") == ours), None)
+        if fastest is not None:
+            found.append(f"{fastest.provider} {fastest.ms:.1f} ms and {_gib(fastest.peak_bytes)}")
+    line = (
+        f"{case.spec.what} at N = {case.N}, D = {case.D}, V = {case.V} in {case.dtype} on {env['hardware']}, "
+        f"{env['date']}: {', '.join(found) or 'not measured'}."
+    )
+    return f"{picture('time and share of the ceiling over tokens', kept / 'speed.png', folder)}\n\n{line}"
+
+
+def page_blocks(results: Path = RESULTS) -> dict[str, Block]:
+    """What `--pages` writes."""
+    return {"numbers": lambda folder: numbers_block(results), "speed": lambda folder: speed_block(results, folder)}
 
 
 def keep(run: Path) -> Path:
@@ -210,7 +241,7 @@ def main() -> None:
     parser.add_argument("results", type=Path, nargs="?", help="a run's results.json, to be printed")
     parser.add_argument("--roofline", action="store_true", help="print its times against their floors instead")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="a run's folder, to be copied to benchmarks/results")
-    parser.add_argument("--readme", action="store_true", help="rewrite the README's block of numbers")
+    parser.add_argument("--pages", action="store_true", help="rewrite the blocks `numbers` and `speed` of the pages")
     args = parser.parse_args()
     if args.results:
         report = Report.load(args.results)
@@ -219,9 +250,11 @@ def main() -> None:
         print(roofline_table(report) if args.roofline else text(report))
     if args.keep:
         print(keep(args.keep))
-    if args.readme:
-        readme = ROOT / "README.md"
-        readme.write_text(with_block(readme.read_text(), readme_block()))
+    if args.pages:
+        try:
+            write_blocks(page_blocks())
+        except ValueError as error:
+            sys.exit(str(error))
 
 
 if __name__ == "__main__":

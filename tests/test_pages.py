@@ -1,37 +1,198 @@
-"""What the README shows is what happens."""
+"""What the pages show is what happens: code runs, commands and keys exist, links lead somewhere."""
 
+import ast
+import contextlib
+import io
+import os
 import re
 import subprocess
 import sys
+import tomllib
+from functools import cache
+from importlib.util import find_spec
 
 import pytest
 
 from prime_kernels.plan import GPU_FLOP_PER_BYTE, plan_one_pass
+from prime_train.config.keys import Config
+from prime_train.config.settings import load_config
+from prime_train.show.metrics import METRICS
+from tests.support.pages import PAGES, anchors, blocks, commands, links, of_language, prose, spans
 from tests.support.paths import ROOT
+from tests.support.processes import run_alone
 
-README = (ROOT / "README.md").read_text()
-EXAMPLES = re.findall(r"```python\n(.*?)```\n+prints\n+```\n(.*?)```", README, re.S)
+NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
+OF_RUNS = ("run", "sft", "eval", "plan", "doctor")
+"""Commands that take a configuration and its keys."""
+FLAGS = {"run": {"--dry-run": 0, "--force": 0}, "plan": dict.fromkeys(
+    ("--gpus", "--memory", "--host-memory", "--tflops", "--bandwidth"), 1)}  # fmt: skip
+OTHERS = ("pip", "vllm", "cd", "git")
+"""Programs that are not ours, and that no test runs."""
 
 
-def test_readme_has_examples_with_output():
-    assert EXAMPLES
+def test_the_front_page_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 160
 
 
-@pytest.mark.parametrize(("code", "printed"), EXAMPLES)
-def test_readme_example_prints_what_it_says(code, printed):
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+def test_pages_are_where_they_are_looked_for():
+    wanted = {
+        "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "benchmarks/README.md", "docs/when-does-prime-help.md",
+        "examples/README.md", "prime_kernels/README.md", "prime_train/README.md", "prime_train/config/KEYS.md",
+        "prime_train/rollout/vllm/README.md", "prime_train/show/METRICS.md", "prime_train/verify/README.md",
+    }  # fmt: skip
+    assert wanted <= set(NAMES)
+
+
+def executed(directory, code):
+    os.chdir(directory)
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec(compile(code, "page", "exec"), {"__name__": "__main__"})
+    return printed.getvalue()
+
+
+@pytest.mark.parametrize("block", of_language("python"), ids=str)
+def test_a_python_block_runs_and_prints_what_its_page_says(tmp_path, block):
+    ended = run_alone(executed, tmp_path, block.text)
+    assert ended.code == 0, ended
+    if block.prints is not None:
+        assert ended.result == block.prints
+
+
+@pytest.mark.parametrize("block", of_language("toml"), ids=str)
+def test_a_toml_block_is_a_configuration(block):
+    Config.model_validate(tomllib.loads(block.text))
+
+
+def test_every_block_says_in_which_language_it_is_or_is_output_or_a_drawing():
+    assert {block.language for page in PAGES for block in blocks(page)} <= {"python", "sh", "toml", "json", ""}
+
+
+@pytest.mark.parametrize("block", of_language("sh"), ids=str)
+def test_the_commands_of_a_shell_block_exist_and_take_what_they_are_given(block):
+    assert commands(block.text)
+    assert [said for command in commands(block.text) if (said := wrong(command))] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_commands_in_the_text_exist(page):
+    ours = [span for span in spans(page) if re.match(r"(make|prime-train|python -m|pytest) [\w.]", span)]
+    assert [said for span in ours for command in commands(span) if (said := wrong(command, whole=False))] == []
+
+
+def wrong(words, *, whole=True):
+    """What is wrong with a command; empty where nothing is.
+
+    Args:
+        whole: it is to be run as it stands; otherwise words in capitals, and what is left out, are the reader's.
+    """
+    words = words[words.index("-m") - 1 :] if words[0] == "torchrun" else list(words)
+    if words[:3] == [words[0], "-m", "prime_train"]:
+        words = ["prime-train", *words[3:]]
+    program = words[0].rpartition("/")[2]
+    if program == "make":
+        targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M)
+        return "" if all(word in targets for word in words[1:] if "=" not in word) else f"no target: {words}"
+    if program == "prime-train" and words[1:]:
+        return wrong_call(words[1], words[2:], whole)
+    if program == "pytest":
+        return "" if all((ROOT / word).exists() for word in words[1:] if "/" in word) else f"no file: {words}"
+    if program in ("python", "python3"):
+        if words[1] != "-m":
+            return "" if (ROOT / words[1]).is_file() else f"no file: {words}"
+        return "" if words[2] in ("venv", "pip") else wrong_module(words[2], words[3:])
+    return "" if program in (*OTHERS, "prime-train") else f"not known: {words}"
+
+
+def wrong_call(command, words, whole):
+    if command in OF_RUNS:
+        rest, flags = [], FLAGS.get(command, {})
+        words = ["quickstart" if word == "CONFIG" else word for word in words if word != "…"]
+        while words:
+            word = words.pop(0)
+            if word in flags:
+                words = words[flags[word] :]
+            else:
+                rest.append(word)
+        if rest and not rest[0].startswith("-"):
+            load_config("quickstart" if rest[0].endswith(".toml") else rest[0], rest[1:])
+        elif whole:
+            return f"no configuration: {command}"
+        return ""
+    options = {word.partition("=")[0] for word in words if word.startswith("--")}
+    missing = sorted(option for option in options if option not in help_of("prime_train", command))
+    return f"prime-train {command} has no {', '.join(missing)}" if missing else ""
+
+
+def wrong_module(module, words):
+    if find_spec(module) is None:
+        return f"no module {module}"
+    options = {word for word in words if word.startswith("--")}
+    missing = sorted(option for option in options if option not in help_of(module))
+    return f"{module} has no {', '.join(missing)}" if missing else ""
+
+
+@cache
+def help_of(module, *words):
+    done = subprocess.run(
+        [sys.executable, "-m", module, *words, "--help"], capture_output=True, text=True, cwd=ROOT, timeout=120
+    )
     assert done.returncode == 0, done.stderr
-    assert done.stdout == printed
+    return done.stdout
 
 
-def test_make_targets_named_in_the_readme_exist():
-    makefile = (ROOT / "Makefile").read_text()
-    for target in re.findall(r"`?make ([a-z-]+)`?", README):
-        assert re.search(rf"^{target}:", makefile, re.M), target
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_every_link_of_a_page_leads_somewhere(page):
+    for link in links(page):
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), link
+        assert target.is_relative_to(ROOT), link
+        assert not anchor or anchor in anchors(target), link
 
 
-def test_readme_estimates_are_those_of_the_plan():
-    table = re.findall(r"^\| ([\d.]+) ([MG])iB \| (\d+) \| (\d+)% \| (\d) \|$", README, re.M)
+@pytest.mark.parametrize("page", [page for page in PAGES if "prime_kernels" not in page.parts], ids=str)
+def test_keys_that_a_page_names_exist(page):
+    sections = Config.model_fields
+    for span in spans(page):
+        section, dot, key = span.partition(" ")[0].removeprefix("--").partition(".")
+        if dot and section in sections and re.fullmatch(r"[a-z_]+", key) and key != "py":
+            assert key in sections[section].annotation.model_fields, span
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_metrics_that_a_page_names_exist(page):
+    known = {name for group in METRICS for metric in group.metrics for name in (metric.name, *metric.names)}
+    for span in spans(page):
+        prefix, slash, rest = span.partition("/")
+        if slash and prefix in {group.prefix for group in METRICS} and rest.isidentifier():
+            assert span in known, span
+
+
+@cache
+def texts():
+    """Every text of the trainer's code, of those with values in them the parts in order."""
+    found = []
+    for path in (ROOT / "prime_train").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                found.append("".join(v.value if isinstance(v, ast.Constant) else "\0" for v in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return found
+
+
+def test_messages_in_the_troubleshooting_table_are_those_of_the_code():
+    table = (ROOT / "prime_train" / "README.md").read_text().partition("## Troubleshooting")[2]
+    rows = re.findall(r"^\| (`.+?) \| ", table, re.M)
+    assert len(rows) > 10
+    for message in (span for row in rows for span in re.findall(r"`([^`]+)`", row)):
+        for part in message.split("…"):
+            assert any(part.strip("?. ") in text for text in texts()), message
+
+
+def test_the_estimates_of_the_kernels_page_are_those_of_the_plan():
+    page = (ROOT / "prime_kernels" / "README.md").read_text()
+    table = re.findall(r"^\| ([\d.]+) ([MG])iB \| (\d+) \| (\d+)% \| (\d) \|$", page, re.M)
     assert len(table) == 4
     D, V, N = 4096, 131072, 1 << 20
     for size, unit, tokens, percent, passes in table:
@@ -43,3 +204,30 @@ def test_readme_estimates_are_those_of_the_plan():
         assert plan_one_pass(int(tokens) + 1, D, V, need_dw=False, **settings).rows < int(tokens) + 1
         assert round(100 * 8 * GPU_FLOP_PER_BYTE / (6 * limit)) == int(percent)
         assert plan_one_pass(N // 64, D, V, need_dw=True, **settings).passes == int(passes)
+
+
+WRONG = {
+    "a key": ["prime-train", "run", "quickstart", "--run.stepz", "3"],
+    "a recipe": ["prime-train", "run", "quickstrat"],
+    "an option": ["prime-train", "export", "runs/x", "--where", "here"],
+    "a target": ["make", "coffee"],
+    "a module": ["python", "-m", "benchmarks.nothing"],
+    "a module's option": ["python", "-m", "benchmarks.report", "--nothing"],
+    "a program": ["prime-trian", "run", "quickstart"],
+    "a file": ["python", "examples/9_nothing.py"],
+}
+
+
+@pytest.mark.parametrize("command", WRONG.values(), ids=WRONG)
+def test_a_command_that_would_fail_is_found(command):
+    try:
+        said = wrong(command)
+    except Exception as error:
+        said = str(error)
+    assert said
+
+
+def test_prose_and_code_are_told_apart():
+    page = ROOT / "README.md"
+    assert "import torch" not in prose(page)
+    assert any("import torch" in block.text for block in blocks(page))

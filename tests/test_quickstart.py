@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.quickstart import draw, readme_block
+from benchmarks.quickstart import draw, page_blocks
 from prime_train.run.directory import read_records
 
 
@@ -35,7 +35,7 @@ def test_quickstart_learns_and_then_says_that_it_is_complete(tmp_path: Path):
     assert "sampled" in prime_train("eval", "quickstart", "--run.dir", str(run))
 
 
-def test_readme_block_has_the_mean_and_range_of_the_seeds(tmp_path: Path):
+def test_blocks_have_the_mean_and_range_of_the_seeds_and_the_picture(tmp_path: Path):
     def run(variant: str, seed: int, last: float) -> dict:
         curve = [(0, 0.1), (12, 0.5), (24, last)]
         evaluations = [{"step": step, "eval/sampled": value, "eval/greedy": value / 2} for step, value in curve]
@@ -45,10 +45,15 @@ def test_readme_block_has_the_mean_and_range_of_the_seeds(tmp_path: Path):
         }  # fmt: skip
 
     runs = [run(variant, seed, 0.8 + seed / 10) for seed in (0, 1) for variant in ("PRIME", "outcome only")]
-    (tmp_path / "quickstart.json").write_text(json.dumps({"cpus": 2, "runs": runs}))
-    draw(runs, tmp_path / "quickstart.png")
-    block = readme_block(tmp_path)
+    for name, content in (("z-2026-01-01", "older"), ("a-2026-01-02", json.dumps({"cpus": 2, "runs": runs}))):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "quickstart.json").write_text(content)
+    picture = tmp_path / "a-2026-01-02" / "quickstart.png"
+    draw(runs, picture)
+    blocks = page_blocks(tmp_path)
+    block = blocks["quickstart"](tmp_path)
     assert "| SFT model | 10% (10–10) | 5% (5–5) |" in block
     assert "| PRIME, 24 steps | 85% (80–90) | 42% (40–45) |" in block
     assert "200 to 201 s on 2 CPU cores" in block
-    assert (tmp_path / "quickstart.png").stat().st_size > 5_000
+    assert picture.stat().st_size > 5_000
+    assert blocks["quickstart-picture"](tmp_path).endswith("(a-2026-01-02/quickstart.png)")

@@ -17,6 +17,7 @@ from prime_train.run.interrupt import Interrupts
 from prime_train.run.setup import joined_world
 from prime_train.show.view import View
 from tests.show.test_metrics import NAMES
+from tests.support.runs import MEASURED
 from tests.support.tiny import (
     FORMULA_TOLERANCE,
     LAYOUTS,
@@ -28,7 +29,6 @@ from tests.support.tiny import (
     weights,
     write_jsonl,
 )
-from tests.test_prime import MEASURED
 
 
 def config_file(directory, **changes):

@@ -216,12 +216,26 @@ def test_a_report_survives_its_json_and_says_why_a_peer_is_missing(tmp_path):
     assert report.roofline_table(written).count("\n") == 1
 
 
-def test_readme_numbers_come_from_gpu_runs_alone(tmp_path):
-    assert "No run on a GPU" in report.readme_block(tmp_path)
+def test_numbers_of_the_pages_come_from_gpu_runs_alone(tmp_path):
+    assert report.numbers_block(tmp_path) == report.speed_block(tmp_path, tmp_path) == report.NO_GPU_RUN
     report.write(example("cpu"), tmp_path / "a-cpu")
-    assert "No run on a GPU" in report.readme_block(tmp_path)
+    assert report.numbers_block(tmp_path) == report.speed_block(tmp_path, tmp_path) == report.NO_GPU_RUN
     report.write(example("gpu"), tmp_path / "some-gpu")
-    assert "| ppo | ours-chunked | 50.0 |" in report.readme_block(tmp_path)
+    assert "| ppo | ours-chunked | 50.0 |" in report.numbers_block(tmp_path)
+
+
+def test_speed_is_a_picture_and_a_line_with_our_fastest_and_the_fastest_other(tmp_path):
+    run = example("gpu")
+    ours = run.rows[0]
+    others = [replace(ours, provider=name, ms=ms) for name, ms in (("ours-fused", 40.0), ("trl", 90.0), ("cce", 70.0))]
+    results = tmp_path / "results"
+    report.write(replace(run, rows=[ours, *others]), results / "some-gpu")
+    old = replace(run, environment={**run.environment, "date": "2025-01-01"}, rows=[replace(ours, ms=1.0)])
+    report.write(old, results / "z-older")
+    shown, empty, line = report.speed_block(results, tmp_path / "docs").split("\n")
+    assert shown == "![time and share of the ceiling over tokens](../results/some-gpu/speed.png)"
+    assert not empty
+    assert "Some GPU, 2026-01-01: ours-fused 40.0 ms and 3.00 GiB, cce 70.0 ms and 3.00 GiB." in line
 
 
 def test_a_run_is_kept_by_hardware_and_date_and_a_dry_one_is_not(tmp_path, monkeypatch):
@@ -233,11 +247,6 @@ def test_a_run_is_kept_by_hardware_and_date_and_a_dry_one_is_not(tmp_path, monke
     report.write(example("dry"), tmp_path / "dry")
     with pytest.raises(ValueError, match="dry run"):
         report.keep(tmp_path / "dry")
-
-
-def test_readme_holds_the_block_that_the_command_writes():
-    readme = (ROOT / "README.md").read_text()
-    assert report.with_block(readme, report.readme_block()) == readme
 
 
 def test_no_plot_is_drawn_of_nothing(tmp_path):

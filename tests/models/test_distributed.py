@@ -22,8 +22,8 @@ from prime_train.records import Scores
 from prime_train.rollout.sampler import LocalEngine
 from prime_train.run.directory import read_records
 from tests.support.processes import ProcessFailed, run_ranks
+from tests.support.runs import MEASURED, bare, config_file
 from tests.support.tiny import CPU, EOS, batch, model, saved_model, weights
-from tests.test_prime import MEASURED, bare, config_file
 
 ROUNDING = {"rtol": 1e-5, "atol": 1e-6}
 

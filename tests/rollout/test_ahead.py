@@ -13,8 +13,8 @@ from prime_train.run.checkpoints import progress_at
 from prime_train.run.directory import read_records
 from prime_train.run.interrupt import Interrupted
 from tests.support.fake_vllm import GENERATE, FakeVLLM, serving
+from tests.support.runs import config_file, figures
 from tests.support.tiny import saved_model
-from tests.test_prime import config_file, figures
 
 
 def nothing():

@@ -13,8 +13,8 @@ from prime_train.run.checkpoints import Checkpoints, Progress
 from tests.run.test_checkpoint_ranks import save_there
 from tests.run.test_checkpoints import learn, net_of, save
 from tests.support.processes import run_ranks
+from tests.support.runs import config_file
 from tests.support.tiny import TOKENIZER, saved_model
-from tests.test_prime import config_file
 
 TOKENS = torch.tensor([[6, 7, 8, 9]])
 

@@ -29,8 +29,8 @@ from prime_train.run.saved import steps
 from tests.models.test_distributed import assert_close, figures, run
 from tests.support.paths import ROOT
 from tests.support.processes import run_alone, run_ranks, started_ranks
+from tests.support.runs import bare, config_file
 from tests.support.tiny import saved_model
-from tests.test_prime import bare, config_file
 
 CLONE_NEWNET = 0x40000000
 PATIENCE = 10.0

@@ -19,8 +19,8 @@ from prime_train.data import arithmetic
 from prime_train.run.directory import read_records
 from prime_train.run.saved import damage, steps
 from tests.support.processes import run_alone, run_ranks, started
+from tests.support.runs import bare, config_file, figures, final_weights
 from tests.support.tiny import saved_model
-from tests.test_prime import bare, config_file, figures, final_weights
 
 STEPS, EVERY = 6, 2
 LOOP = (

@@ -16,8 +16,8 @@ from prime_train.run.checkpoints import Checkpoints, Progress
 from prime_train.run.saved import CheckpointError, CheckpointRefused
 from tests.run.test_checkpoints import save, trained
 from tests.support.processes import run_alone
+from tests.support.runs import config_file
 from tests.support.tiny import model, saved_model, weights
-from tests.test_prime import config_file
 
 
 @pytest.fixture

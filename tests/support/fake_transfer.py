@@ -1,6 +1,6 @@
 """The receiving side of vLLM's weight transfer without vLLM, by the same rules; for a server in fake_vllm.py.
 
-What arrives is kept as bytes. Bytes come through a libnccl (tests/support/standin/nccl.c), or, for CUDA IPC, from a file.
+What arrives is kept as bytes. They come through a libnccl (tests/support/standin/nccl.c) or, for CUDA IPC, from a file.
 """
 
 import base64

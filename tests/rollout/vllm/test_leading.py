@@ -20,8 +20,8 @@ from tests.models.test_distributed import run
 from tests.rollout.test_ahead import Gibberish
 from tests.support.fake_vllm import GENERATE, FakeVLLM, serving
 from tests.support.processes import run_ranks, started_ranks
+from tests.support.runs import config_file
 from tests.support.tiny import model, saved_model
-from tests.test_prime import config_file
 
 
 @pytest.fixture

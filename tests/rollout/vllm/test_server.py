@@ -21,8 +21,8 @@ from prime_train.rollout.vllm.transport import FileTransport
 from prime_train.run.directory import read_records
 from tests.support.fake_vllm import EOS
 from tests.support.paths import ROOT
+from tests.support.runs import config_file
 from tests.support.tiny import model, saved_model
-from tests.test_prime import config_file
 
 FAKE = [sys.executable, str(ROOT / "tests" / "support" / "fake_vllm.py")]
 SOON = 10.0
