@@ -5,7 +5,7 @@ import contextlib
 import io
 import os
 import re
-import subprocess
+import runpy
 import sys
 import tomllib
 from functools import cache
@@ -133,11 +133,16 @@ def wrong_module(module, words):
 
 @cache
 def help_of(module, *words):
-    done = subprocess.run(
-        [sys.executable, "-m", module, *words, "--help"], capture_output=True, text=True, cwd=ROOT, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    ended = run_alone(helped, module, words)
+    assert ended.code == 0, ended
+    return ended.result
+
+
+def helped(module, words):
+    sys.argv = [module, *words, "--help"]
+    with contextlib.redirect_stdout(io.StringIO()) as printed, contextlib.suppress(SystemExit):
+        runpy.run_module(module, run_name="__main__")
+    return printed.getvalue()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
