@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.pages import ROOT
 from benchmarks.providers.wheels import FOLDER
 
-ROOT = Path(__file__).parents[1]
 PACKAGES = ("torch", "triton", "numpy", "transformers", "liger-kernel", "cut-cross-entropy", "trl", "verl", "fla-core")
 
 

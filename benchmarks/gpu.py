@@ -18,7 +18,8 @@ import time
 from pathlib import Path
 from typing import TextIO
 
-ROOT = Path(__file__).parents[1]
+from benchmarks.pages import ROOT
+
 RESERVE = 15.0  # seconds for the report
 LEAST = 5.0  # seconds for which nothing is worth starting
 GRACE = 0.85  # of its limit is what a section is told, the rest is for the row it is in

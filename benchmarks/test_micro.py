@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from prime_kernels import implicit_reward, ppo_clip_loss, prm_loss
+from prime_train.algorithm.advantages import leave_one_out
 
 pytest.importorskip("pytest_benchmark")
 
@@ -65,7 +66,6 @@ def test_implicit_reward(benchmark, rows, granularity):
 
 
 def test_leave_one_out_advantages(benchmark, rows):
-    module = pytest.importorskip("prime_train.algorithm.advantages", reason="prime_train has no advantages yet")
     rewards = rows["new"].view(SEQUENCES, -1)
     group = torch.arange(SEQUENCES, device=DEVICE) // 8
-    benchmark(lambda: module.leave_one_out(rewards, torch.ones_like(rewards, dtype=torch.bool), group))
+    benchmark(lambda: leave_one_out(rewards, torch.ones_like(rewards, dtype=torch.bool), group))

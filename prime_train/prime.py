@@ -68,10 +68,10 @@ def train(config: Config, view: View, world: World, interrupts: Interrupts) -> P
         )  # fmt: skip
 
     def evaluation() -> measures.Figures:
-        found, _ = evaluate(
+        groups = evaluate(
             config.eval, config.rollout, held_out, engine, outcomes, tokenizer, sampled=lambda _: interrupts.check()
         )
-        return found
+        return measures.of_evaluation(*groups)
 
     with (
         rollout_engine(config, models.policy, tokenizer, rollouts) as engine,
@@ -179,8 +179,8 @@ def evaluate_newest(config: Config, world: World) -> tuple[int, measures.Figures
     prompts = held_out_prompts(config, tokenizer)
     with rollout_engine(config, model, tokenizer, world) as engine, Outcomes(config.verify, world) as outcomes:
         engine.refresh(step)
-        figures, _ = evaluate(config.eval, config.rollout, prompts, engine, outcomes, tokenizer)
-    return step, figures
+        groups = evaluate(config.eval, config.rollout, prompts, engine, outcomes, tokenizer)
+    return step, measures.of_evaluation(*groups)
 
 
 def seed_of(config: Config, step: int) -> int:

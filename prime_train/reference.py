@@ -247,7 +247,7 @@ def show(reference: Reference, words: Sequence[str]) -> None:
     width = max(NARROWEST, shutil.get_terminal_size().columns)
     lines = list(_lines(found, "" if words else reference.intro, width))
     # Text is wrapped already; bold is for terminals alone.
-    Console(highlight=False).print(Text("\n").join(lines), soft_wrap=True)
+    Console(width=width, highlight=False).print(Text("\n").join(lines), soft_wrap=True)
 
 
 def _lines(found: Found, intro: str, width: int) -> Iterator[Text]:

@@ -1,11 +1,15 @@
 """Where the kernels run: interpreted on the CPU, or compiled on a GPU under `pytest -m gpu` (`make test-gpu`)."""
 
 import os
+import signal
 
 import pytest
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # A shell without job control has what it starts in the background ignore Ctrl-C, and all that starts from there.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     # Read by Triton when a kernel is defined, so before anything imports prime_kernels.
     on_gpu = config.getoption("-m") == "gpu"
     os.environ.setdefault("TRITON_INTERPRET", "0" if on_gpu else "1")

@@ -1,6 +1,6 @@
-"""What a model can do: accuracy on held-out prompts.
+"""What a model can do: its responses to held-out prompts.
 
 `accuracy` is the evaluation inside a run. It samples as training does and trains nothing.
 
-May import: config, data, models, records, rollout, run, show, verify.
+May import: config, records, rollout.
 """

@@ -1,4 +1,4 @@
-"""Accuracy on held-out prompts."""
+"""Responses to held-out prompts, and whether they are right."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,6 @@ from ..rollout.collect import Sampled, sample_groups
 from ..rollout.engine import Engine
 from ..rollout.outcomes import Outcomes
 from ..rollout.sampler import GREEDY
-from ..show.measures import Figures, of_evaluation
 
 SEED = 20250203
 """Of sampled evaluations: the same at each, so that they differ by the policy alone."""
@@ -19,8 +18,8 @@ SEED = 20250203
 def evaluate(
     config: Evaluation, rollout: Rollout, prompts: Sequence[Prompt], engine: Engine, outcomes: Outcomes,
     tokenizer: PreTrainedTokenizerBase, sampled: Sampled = lambda tokens: None,
-) -> tuple[Figures, list[Group]]:  # fmt: skip
-    """Greedy accuracy, and that of `samples` sampled responses a prompt; and the greedy responses."""
+) -> tuple[list[Group], list[Group]]:  # fmt: skip
+    """A greedy response to each prompt, and `samples` sampled ones to each, verified; the latter empty for 0."""
 
     def answers(n: int, temperature: float) -> list[Group]:
         return sample_groups(
@@ -29,4 +28,4 @@ def evaluate(
 
     greedy = answers(1, GREEDY)
     drawn = answers(config.samples, rollout.temperature) if config.samples else []
-    return of_evaluation(greedy, drawn), greedy
+    return greedy, drawn

@@ -46,11 +46,6 @@ class Sizes:
         """All of them, tied ones once."""
         return self.blocks + self.embedding + self.rest + (0 if self.tied else self.head)
 
-    @property
-    def largest_end(self) -> int:
-        """Of the embedding and the head, the larger."""
-        return max(self.embedding, self.head)
-
 
 def sizes_of(config: PretrainedConfig) -> Sizes:
     """Sizes of the causal language model with this configuration, counted on its own class."""

@@ -4,5 +4,5 @@
 the screen; `report` draws the curves of runs. Stages know nothing of it: they return records, and what is worth a
 figure is decided here.
 
-May import: algorithm, config, models, records, rollout, run.
+May import: algorithm, models, records, rollout, run.
 """

@@ -2,27 +2,23 @@
 
 import os
 import time
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from prime_train import cli
 from prime_train.algorithm import policy, prm
 from prime_train.algorithm.scoring import token_logp
 from prime_train.config.keys import PRM, Policy
-from prime_train.data import arithmetic
 from prime_train.models import language_model, optim
 from prime_train.models.distributed import ALONE, OtherProcessFailed, fill, joined, shard, whole
 from prime_train.models.language_model import LanguageModel, add_adapters
 from prime_train.models.packing import Layout
 from prime_train.records import Scores
 from prime_train.rollout.sampler import LocalEngine
-from prime_train.run.directory import read_records
 from tests.support.processes import ProcessFailed, run_ranks
-from tests.support.runs import MEASURED, bare, config_file
+from tests.support.runs import assert_close, config_file, figures, run
 from tests.support.tiny import CPU, EOS, batch, model, saved_model, weights
 
 ROUNDING = {"rtol": 1e-5, "atol": 1e-6}
@@ -263,27 +259,6 @@ def test_what_is_sampled_does_not_depend_on_the_number_of_processes():
 
 
 # -- whole runs --
-
-
-def run(words: list[str]) -> int:
-    """`prime-train` with an outcome that a random model gets right half the time."""
-    bare()
-    arithmetic.outcome = lambda reference, response: float(sum(map(ord, response)) % 2)
-    return cli.main(words)
-
-
-def figures(directory: Path) -> list[dict[str, float]]:
-    return [
-        {name: value for name, value in record.items() if not name.startswith(MEASURED)}
-        for record in read_records(directory / "run" / "metrics.jsonl")
-    ]
-
-
-def assert_close(found: list[dict[str, float]], wanted: list[dict[str, float]], rel: float) -> None:
-    assert [record.keys() for record in found] == [record.keys() for record in wanted]
-    for record, want in zip(found, wanted, strict=True):
-        for name, value in want.items():
-            assert record[name] == pytest.approx(value, rel=rel, abs=1e-6), (record["step"], name)
 
 
 @pytest.mark.slow

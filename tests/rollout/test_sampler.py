@@ -1,7 +1,5 @@
 """The embedded engine against `generate` of transformers, against the trainer's log-probs, against probabilities."""
 
-import random
-
 import pytest
 import torch
 
@@ -11,16 +9,11 @@ from prime_train.models import generation
 from prime_train.models.packing import pack_sequences
 from prime_train.rollout import sampler
 from prime_train.rollout.sampler import CHECK_EVERY, GREEDY, LocalEngine
-from tests.support.tiny import EOS, TOKENIZER, WIDE, model
+from tests.support.tiny import EOS, TOKENIZER, WIDE, model, prompts
 
 PLENTY = 2**30
 # Longer than the engine's looks at which rows have ended, and no multiple of them.
 MAX_TOKENS = 2 * CHECK_EVERY + 5
-
-
-def prompts(count, seed=0, longest=9):
-    rng = random.Random(seed)
-    return [[rng.randrange(5, len(TOKENIZER)) for _ in range(rng.randint(1, longest))] for _ in range(count)]
 
 
 def seeds(asked, seed):

@@ -26,10 +26,9 @@ import pytest
 from prime_train.algorithm import prm
 from prime_train.run.directory import read_records
 from prime_train.run.saved import steps
-from tests.models.test_distributed import assert_close, figures, run
 from tests.support.paths import ROOT
 from tests.support.processes import run_alone, run_ranks, started_ranks
-from tests.support.runs import bare, config_file
+from tests.support.runs import assert_close, bare, config_file, figures, run
 from tests.support.tiny import saved_model
 
 CLONE_NEWNET = 0x40000000

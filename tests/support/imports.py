@@ -1,4 +1,4 @@
-"""Which module imports which, read from the code: also inside functions, and for types alone."""
+"""Which module imports which, read from the code: inside functions, for types alone and by a module's name, too."""
 
 import ast
 from collections.abc import Iterator, Mapping
@@ -15,7 +15,9 @@ def arrows(root: Path, *packages: str) -> Arrows:
     for module, path in files.items():
         package = module if path.name == "__init__.py" else module.rpartition(".")[0]
         found[module] = {}
-        for target, line in _imports(ast.parse(path.read_text()), package):
+        tree = ast.parse(path.read_text())
+        named = ((name, line) for name, line in _named(tree) if name in files)
+        for target, line in (*_imports(tree, package), *named):
             known = next((name for name in (target, target.rpartition(".")[0]) if name in files), None)
             if known is not None and known != module:
                 found[module].setdefault(known, line)
@@ -53,3 +55,12 @@ def _imports(tree: ast.Module, package: str) -> Iterator[tuple[str, int]]:
             above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
             base = ".".join([*above, *([node.module] if node.module else [])])
             yield from ((f"{base}.{alias.name}", node.lineno) for alias in node.names)
+
+
+def _named(tree: ast.Module) -> Iterator[tuple[str, int]]:
+    """Dotted names, of which those of modules are imports, too: a.b after `import a`, "a.b" for importlib or -m."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            yield ast.unparse(node), node.lineno
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and "." in node.value:
+            yield node.value, node.lineno

@@ -4,9 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
+from prime_train import cli
 from prime_train.config.settings import load_config
+from prime_train.data import arithmetic
 from prime_train.plan import command as plan_command
 from prime_train.run.checkpoints import Checkpoints
 from prime_train.run.directory import read_records
@@ -69,3 +72,17 @@ def final_weights(config_path: str, *words: str) -> torch.Tensor:
     assert latest is not None
     checkpoints.load(latest, trained)
     return torch.cat([weights(net) for net, _ in trained.values()])
+
+
+def run(words: list[str]) -> int:
+    """`prime-train` with an outcome that a random model gets right half the time."""
+    bare()
+    arithmetic.outcome = lambda reference, response: float(sum(map(ord, response)) % 2)
+    return cli.main(words)
+
+
+def assert_close(found: list[dict[str, float]], wanted: list[dict[str, float]], rel: float) -> None:
+    assert [record.keys() for record in found] == [record.keys() for record in wanted]
+    for record, want in zip(found, wanted, strict=True):
+        for name, value in want.items():
+            assert record[name] == pytest.approx(value, rel=rel, abs=1e-6), (record["step"], name)

@@ -27,6 +27,12 @@ def model(seed: int = 0, shape: str = "16x1x2") -> LanguageModel:
     return tiny_model(shape, TOKENIZER, seed)
 
 
+def prompts(count: int, seed: int = 0, longest: int = 9) -> list[list[int]]:
+    """Random characters, of ragged lengths."""
+    rng = random.Random(seed)
+    return [[rng.randrange(5, len(TOKENIZER)) for _ in range(rng.randint(1, longest))] for _ in range(count)]
+
+
 def pairs(S: int, seed: int, longest: int = 12) -> list[tuple[list[int], list[int]]]:
     """Prompts and responses of random characters, of ragged lengths, the first response of one token."""
     rng = random.Random(seed)

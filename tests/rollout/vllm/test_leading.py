@@ -16,11 +16,10 @@ from prime_train.rollout.vllm.leading import LeadingEngine
 from prime_train.rollout.vllm.transport import FileTransport
 from prime_train.run.checkpoints import progress_at
 from prime_train.run.directory import read_records
-from tests.models.test_distributed import run
 from tests.rollout.test_ahead import Gibberish
 from tests.support.fake_vllm import GENERATE, FakeVLLM, serving
 from tests.support.processes import run_ranks, started_ranks
-from tests.support.runs import config_file
+from tests.support.runs import config_file, run
 from tests.support.tiny import model, saved_model
 
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import signal
 import time
 from pathlib import Path
@@ -30,7 +29,7 @@ from prime_train.run.interrupt import Interrupted
 from tests.support.fake_vllm import GENERATE, faulty_proxy
 from tests.support.paths import ROOT
 from tests.support.standin import file_buffers, standin_nccl, vllm_environment
-from tests.support.tiny import EOS, TOKENIZER, WIDE, model, saved_model
+from tests.support.tiny import EOS, WIDE, model, prompts, saved_model
 
 PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
 pytestmark = [
@@ -83,11 +82,6 @@ def asking(transport, *, longest=256):
         "rollout": {"max_tokens": MAX_TOKENS},
     }
     return Config.model_validate(sections | {"model": {"policy": "sft"}, "sft": {"base": f"tiny:{SHAPE}"}})
-
-
-def prompts(count, seed=0, longest=9):
-    rng = random.Random(seed)
-    return [[rng.randrange(5, len(TOKENIZER)) for _ in range(rng.randint(1, longest))] for _ in range(count)]
 
 
 def sample(engine, asked, *, n=1, temperature=1.0, max_tokens=MAX_TOKENS, seed=0, progress=lambda tokens: None):
