@@ -13,13 +13,14 @@ that is at hand on this machine too. What vLLM says of its tokens is compared wi
 import os
 import sys
 
-START = (
-    "VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --host 127.0.0.1 --port 8001 --max-model-len 1024 "
-    "--logprobs-mode processed_logprobs --generation-config vllm --enable-scale-out"
-)
+START = r"""
+    VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --host 127.0.0.1 --port 8001 \
+        --max-model-len 1024 --logprobs-mode processed_logprobs \
+        --generation-config vllm --enable-scale-out
+"""
 urls = sys.argv[1:] or os.environ.get("VLLM_URL", "").split()
 if not urls:
-    print(f"skipped: no server. Start one, `{START}`, then give its URL: python {sys.argv[0]} http://127.0.0.1:8001")
+    print(f"skipped: no server. Start one\n{START}\nand give its URL: python {sys.argv[0]} http://127.0.0.1:8001")
     sys.exit()
 
 import tempfile

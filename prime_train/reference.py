@@ -79,7 +79,7 @@ def keys() -> Reference:
     return Reference(
         command="keys", entry="key", chapter="section", title="Configuration keys",
         intro="A key stands in its [section] of a TOML file, or behind one on the command line: `--section.key value`. "
-        "There `none` leaves a key out that may be left out, and `a,b` gives several values.",
+        "There `none` unsets an optional key, and `a,b` gives several values.",
         columns=("key", "values", "default", "meaning"),
         chapters=tuple(
             Chapter(

@@ -12,8 +12,10 @@ from functools import cache
 from importlib.util import find_spec
 
 import pytest
+from transformers import Qwen2Config
 
 from prime_kernels.plan import GPU_FLOP_PER_BYTE, plan_one_pass
+from prime_train import cli
 from prime_train.cli import USAGE
 from prime_train.config.keys import Config
 from prime_train.config.settings import load_config, shipped
@@ -21,6 +23,7 @@ from prime_train.show.metrics import METRICS
 from tests.support.pages import PAGES, anchors, blocks, commands, links, of_language, prose, spans
 from tests.support.paths import ROOT
 from tests.support.processes import run_alone
+from tests.support.shapes import SHAPES
 
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 OF_RUNS = ("run", "sft", "eval", "plan", "doctor")
@@ -28,7 +31,7 @@ OF_RUNS = ("run", "sft", "eval", "plan", "doctor")
 FLAGS = {"run": {"--dry-run": 0, "--force": 0}, "plan": dict.fromkeys(
     ("--gpus", "--memory", "--host-memory", "--tflops", "--bandwidth"), 1)}  # fmt: skip
 OURS = re.compile(r"(\S*=\S+ )*(\S*/)?(make|prime-train|python3?|pytest|torchrun) [\w.-]")
-OTHERS = ("pip", "vllm", "cd", "git")
+OTHERS = ("pip", "vllm", "curl")
 """Programs that are not ours, and that no test runs."""
 
 
@@ -68,6 +71,16 @@ def test_a_toml_block_is_a_configuration(block):
 def test_the_front_page_names_every_recipe():
     table = (ROOT / "README.md").read_text().partition("| recipe |")[2].partition("\n\n")[0]
     assert sorted(re.findall(r"^\| `([\w.-]+)` \|", table, re.M)) == shipped()
+
+
+@pytest.mark.parametrize("recipe", SHAPES)
+def test_the_memory_that_the_front_page_says_is_planned_is_the_plans(tmp_path, capsys, recipe):
+    row = rf"^\| `{re.escape(recipe)}` \|.*\| (\d+) \| ([\d.]+) GiB \|$"
+    [(gpus, planned)] = re.findall(row, (ROOT / "README.md").read_text(), re.M)
+    Qwen2Config(**SHAPES[recipe]).save_pretrained(tmp_path)
+    assert cli.main(["plan", recipe, "--model.policy", str(tmp_path), "--gpus", gpus, "--memory", "80"]) == 0
+    [needed] = re.findall(r"needs ([\d.]+) of", capsys.readouterr().out)[-1:]
+    assert needed == planned
 
 
 def test_every_block_says_in_which_language_it_is_or_is_output_or_a_drawing():

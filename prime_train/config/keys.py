@@ -42,9 +42,9 @@ class Run(Section):
     keep_every: Whole = 0
     """Checkpoints of multiples of this step stay for good; 0 for none of them."""
     patience: Positive = 1800.0
-    """Seconds that a wait for another process, a server's start or its answer may last before the run gives up; for
-    answers half of it where several processes wait for the one that asks. Responses to a prompt that have not come
-    after half of that are asked for again."""
+    """The longest wait, in seconds, for another process, a server's start or its answer; then the run gives up. For
+    answers it is half of that where several processes train. Responses to a prompt are asked for again after half of
+    what an answer may take."""
     wandb: bool = False
     """Log to Weights & Biases too (extra `wandb`); metrics.jsonl and TensorBoard are always written."""
 
@@ -66,12 +66,11 @@ class Model(Section):
     """What is done to transformer blocks: recomputed in backward instead of keeping their activations, compiled by
     torch.compile, their norms, MLPs and rotary embeddings replaced by Liger's (extra `liger`)."""
     lora: Whole = 0
-    """Rank of low-rank adapters of policy and PRM, which then train alone, scaled by 2; 0 trains all weights."""
+    """Rank of low-rank adapters of policy and PRM, which then train alone (alpha = 2 × rank); 0 trains all weights."""
     tokens_per_micro_batch: Count = 16384
     """Prompt, response and padding tokens that one forward and backward takes; bounds memory, not results."""
     replicas: Count = 1
-    """Copies of the sharded models: weights are sharded over so many times fewer processes (HSDP), usually those of a
-    node."""
+    """Full copies of the models (HSDP): each is sharded over processes / replicas, usually those of a node."""
     offload: tuple[Literal["policy", "prm", "reference"], ...] = ()
     """Models whose weights, gradients and optimizer stay in host memory and visit the GPU block by block."""
 

@@ -302,7 +302,7 @@ METRICS: tuple[MetricGroup, ...] = (
             Metric(
                 "time/STAGE",
                 "s",
-                "Of a stage. The checkpoint's are of the step before, and those alone that training stood still; the "
+                "Of a stage. The checkpoint's are of the step before, and only those that training waited for it; the "
                 "evaluation before the first step counts to that one.",
                 only_if="the stage ran",
                 values=STAGES,

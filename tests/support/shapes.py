@@ -12,6 +12,17 @@ BIG: dict[str, Any] = {"vocab_size": 152064, "hidden_size": 3584, "intermediate_
 """Of Qwen2.5-7B."""
 
 
+SHAPES = {
+    "qwen2.5-0.5b-gsm8k": {"vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
+                           "num_attention_heads": 14, "num_key_value_heads": 2, "tie_word_embeddings": True},
+    "qwen2.5-1.5b-gsm8k": {"vocab_size": 151936, "hidden_size": 1536, "intermediate_size": 8960,
+                           "num_hidden_layers": 28, "num_attention_heads": 12, "num_key_value_heads": 2,
+                           "tie_word_embeddings": True},
+    "eurus-2-7b": BIG,
+}  # fmt: skip
+"""Of the models of shipped recipes."""
+
+
 def qwen(hidden: int, layers: int, vocabulary: int, *, tied: bool) -> Qwen2Config:
     """Grouped queries and an MLP of three times the width, as real models have them."""
     return Qwen2Config(
