@@ -55,8 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = words.pop(0) if words else "--help"
     commands = {
         "run": _run, "sft": _sft, "eval": _eval, "plan": _plan, "export": _export, "verify": _verify,
-        "report": _report,
-        "doctor": _doctor, "keys": _keys, "metrics": _metrics,
+        "report": _report, "doctor": _doctor, "keys": _keys, "metrics": _metrics,
     }  # fmt: skip
     asked = command in commands and command not in OWN_HELP and not {"-h", "--help"}.isdisjoint(words)
     if asked or command in ("-h", "--help", "help"):
