@@ -368,7 +368,7 @@ def is_api_server(pid):
 
 def test_prime_on_vllm_improves_the_quickstarts_policy(url, tmp_path):
     words = [
-        "--run.dir", str(tmp_path / "run"), "--sft.base", f"tiny:{SHAPE}", "--sft.steps", "400", "--run.steps", "5",
+        "--run.dir", str(tmp_path / "run"), "--sft.base", f"tiny:{SHAPE}", "--sft.steps", "600", "--run.steps", "5",
         "--eval.every", "0", "--eval.prompts", "200", "--data.max_prompt_tokens", "128", "--rollout.engine", "vllm",
         "--vllm.servers", url,
     ]  # fmt: skip
