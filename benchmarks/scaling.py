@@ -21,10 +21,10 @@ from transformers import Qwen2Config
 
 from benchmarks.environment import describe
 from benchmarks.prime_step import make_model
+from prime_kernels.devices import DEVICES
 from prime_train.config.keys import Config
 from prime_train.plan.durations import batch_tokens
 from prime_train.plan.flops import stage_flops
-from prime_train.plan.hardware import DEVICES
 from prime_train.plan.make import make_plan
 from prime_train.plan.rates import rates_of
 from prime_train.plan.records import GIB, Cluster, Plan, Role

@@ -23,7 +23,7 @@ from benchmarks.environment import ROOT, describe
 from benchmarks.harness import Bench, Effort
 from benchmarks.providers import providers_of
 from benchmarks.roofline import measure_ceilings
-from prime_kernels.tiles import device_arch
+from prime_kernels.devices import device_arch
 
 
 @dataclass(frozen=True, slots=True)

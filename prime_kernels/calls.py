@@ -1,78 +1,133 @@
-"""The way into every op on a head: from a user's arguments to flat, checked tensors, and from those to tiles."""
+"""The way into every op on a head: from a user's arguments to checked tensors, and from those to tiles."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import gemm, vocab_parallel
-from .checks import check_head_inputs, check_head_values
-from .kernels.common import INTERPRETED
+from .checks import check_head_inputs, check_head_values, real_number
+from .constants import HAS_TRITON, INTERPRETED
+from .devices import device_arch
 from .plan import Strategy, choose_strategy
-from .tiles import Head, Rows, Tiles, device_arch, make_tiles
+from .tiles import Head, Rows, Tiles, TorchTiles
+
+# From here on softcap·tanh(z/softcap) is z to the last bit for any logit, and z/softcap nears the smallest numbers.
+NO_SOFTCAP = 1e30
 
 
-class HeadArgs(NamedTuple):
-    """Flat arguments, in the order in which the operators take them."""
+@dataclass(frozen=True, slots=True)
+class HeadCall:
+    """The arguments with which every operator on a head begins."""
 
-    hidden: Tensor  # [N, D]
+    hidden: Tensor  # [..., D]
     weight: Tensor  # [V, D]
-    targets: Tensor  # [N]
+    targets: Tensor  # [...]
     bias: Tensor | None  # [V]
-    temperature: Tensor | None  # [N] in the logits' dtype
+    temperature: Tensor | None  # one a token, in the logits' dtype
     softcap: float | None
     ignore_index: int
     backend: str
 
 
-def flatten(
+def head_arguments(
     hidden: Tensor, weight: Tensor, targets: Tensor, *, bias: Tensor | None, temperature: float | Tensor,
     softcap: float | None, ignore_index: int, backend: str,
-) -> HeadArgs:  # fmt: skip
-    """Cast as autocast wants, check, flatten the leading dimensions."""
+) -> dict[str, Any]:  # fmt: skip
+    """Cast as autocast wants, checked: the fields of `HeadCall`."""
     hidden, weight, bias = _autocast(hidden), _autocast(weight), _autocast(bias)
-    check_head_inputs(hidden, weight, targets, bias, temperature, softcap)
+    check_head_inputs(hidden, weight, targets, bias, temperature, softcap, ignore_index)
     strategy_for(hidden, backend)  # an unsuitable backend is refused here, where the traceback starts at the caller
-    flat = targets.reshape(-1)
-    row_temperature = _row_temperature(temperature, flat, gemm.stats_dtype(hidden.dtype))
-    return HeadArgs(
-        hidden.reshape(-1, hidden.shape[-1]), weight, flat, bias, row_temperature, softcap, ignore_index, backend
-    )
+    softcap = None if softcap is None or softcap >= NO_SOFTCAP else real_number(softcap)
+    return {
+        "hidden": hidden, "weight": weight, "targets": targets, "bias": bias,
+        "temperature": _row_temperature(temperature, targets, gemm.stats_dtype(hidden.dtype)),
+        "softcap": softcap, "ignore_index": int(ignore_index), "backend": backend,
+    }  # fmt: skip
+
+
+def trained(head: dict[str, Any]) -> dict[str, bool]:
+    """Which of a head's tensors get a gradient."""
+    wanted = {"need_dh": head["hidden"], "need_dw": head["weight"], "need_dbias": head["bias"]}
+    return {
+        name: torch.is_grad_enabled() and t is not None and t.requires_grad for name, t in wanted.items()
+    }  # fmt: skip
 
 
 @contextmanager
-def open_head(args: HeadArgs, group: str = "") -> Iterator[tuple[Tiles, Rows, Head]]:
-    """Inside an operator: check values, and set the device and the precision of sums while the block runs."""
-    hidden, weight, targets, bias, temperature, softcap, ignore_index, backend = args
-    codes, total_vocab = vocab_parallel.target_codes(targets, len(weight), ignore_index, group)
+def open_head(call: HeadCall, group: str = "", *, entropy: bool) -> Iterator[tuple[Tiles, Rows, Head]]:
+    """Inside an operator: check values, flatten, and set device and precision while the block runs."""
+    targets = call.targets.reshape(-1)
+    codes, total_vocab = vocab_parallel.target_codes(targets, call.weight.shape[0], call.ignore_index, group)
+    temperature = None if call.temperature is None else call.temperature.reshape(-1)
     check_head_values(targets, codes, temperature, total_vocab)
-    rows = Rows(hidden=hidden, codes=codes, temperature=temperature)
+    with open_rows(call.hidden, codes, call, entropy=entropy) as opened:
+        yield opened
+
+
+@contextmanager
+def open_rows(hidden: Tensor, codes: Tensor, call: Any, *, entropy: bool) -> Iterator[tuple[Tiles, Rows, Head]]:
+    """The tiles, rows and head of a call whose targets are columns already."""
+    codes = codes.reshape(-1)
+    temperature = None if call.temperature is None else call.temperature.reshape(-1)
+    rows = Rows(
+        hidden=hidden.reshape(codes.shape[0], hidden.shape[-1]), codes=codes, temperature=temperature
+    )  # fmt: skip
+    head = Head(weight=call.weight, bias=call.bias, softcap=call.softcap)
+    strategy = strategy_for(rows.hidden, call.backend, call.weight)
     with working_on(hidden):
-        yield make_tiles(strategy_for(hidden, backend), hidden), rows, Head(weight=weight, bias=bias, softcap=softcap)
+        yield make_tiles(strategy, rows.hidden, entropy=entropy), rows, head
 
 
 @contextmanager
 def working_on(t: Tensor) -> Iterator[None]:
-    """Products summed in full precision; Triton launches on the current device, which need not be the tensors'."""
-    with gemm.full_precision_sums():
-        if t.is_cuda:
-            with torch.cuda.device(t.device):
-                yield
-        else:
+    """What an operator computes with: sums in full precision, no autocast, and the tensors' device.
+
+    Triton launches on the current device, which need not be the tensors'. Autocast has done its part on the arguments.
+    """
+    device = t.device.type
+    with torch.amp.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else _nothing():
+        if not t.is_cuda:
+            yield
+            return
+        with gemm.full_precision_sums(), torch.cuda.device(t.device):
             yield
 
 
-def strategy_for(hidden: Tensor, backend: str) -> Strategy:
-    """The strategy that serves `backend` for tensors like `hidden`."""
-    strategy = choose_strategy(backend, arch=device_arch(hidden.device), dtype=hidden.dtype)
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+def strategy_for(hidden: Tensor, backend: str, weight: Tensor | None = None) -> Strategy:
+    """The strategy that serves `backend` for tensors like `hidden`; for a given weight, one that can read both."""
+    strategy = choose_strategy(
+        backend, arch=device_arch(hidden.device), dtype=hidden.dtype, triton=HAS_TRITON,
+        aligned=weight is None or (_aligned(hidden) and _aligned(weight)),
+    )  # fmt: skip
     if strategy != "torch" and not hidden.is_cuda and not INTERPRETED:
         raise ValueError(
             f"backend={backend!r} needs an NVIDIA GPU, hidden is on {hidden.device}; use backend='torch', or set "
             "TRITON_INTERPRET=1 before prime_kernels is imported to run the kernels slowly on a CPU"
         )
     return strategy
+
+
+def make_tiles(strategy: Strategy, hidden: Tensor, *, entropy: bool) -> Tiles:
+    """The tile operations of `strategy` for hidden states like `hidden`, with or without the entropy's statistics."""
+    if strategy == "torch":
+        return TorchTiles(hidden, entropy)
+    from .triton_tiles import ChunkedTiles, FusedTiles  # needs Triton
+
+    return ChunkedTiles(hidden, entropy) if strategy == "chunked" else FusedTiles(hidden, entropy)
+
+
+def _aligned(t: Tensor) -> bool:
+    """Whether rows of t start at multiples of 16 bytes and lie in one piece each, as asynchronous copies read them."""
+    return t.stride(1) == 1 and t.stride(0) * t.itemsize % 16 == 0 and t.data_ptr() % 16 == 0
 
 
 def _autocast(t: Any) -> Any:
@@ -85,10 +140,10 @@ def _autocast(t: Any) -> Any:
     return t.to(torch.get_autocast_dtype(device_type))
 
 
-def _row_temperature(temperature: float | Tensor, flat_targets: Tensor, dtype: torch.dtype) -> Tensor | None:
+def _row_temperature(temperature: float | Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor | None:
     """One temperature a token, or None where all are 1."""
     if isinstance(temperature, Tensor):
-        return temperature.to(dtype).reshape(-1).expand(len(flat_targets)).contiguous()
+        return temperature.to(dtype).expand(targets.shape).contiguous()
     if temperature == 1.0:
         return None
-    return torch.full(flat_targets.shape, temperature, dtype=dtype, device=flat_targets.device)
+    return torch.full_like(targets, real_number(temperature), dtype=dtype, memory_format=torch.contiguous_format)

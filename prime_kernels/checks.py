@@ -1,26 +1,33 @@
 """Bad input is refused by name: the argument, what was found, what is wanted."""
 
 import os
+from math import inf
+from numbers import Integral, Real
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from .kernels.common import INVALID
+from .constants import INVALID
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# 1/temperature is a number in fp32 with room for the logits it multiplies.
+SMALLEST_TEMPERATURE = 1e-30
 
 
 def check_head_inputs(
     hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, temperature: float | Tensor,
-    softcap: float | None,
+    softcap: float | None, ignore_index: int,
 ) -> None:  # fmt: skip
     """Everything that can be known without looking at a tensor's numbers."""
     named = {"hidden": hidden, "weight": weight, "targets": targets, "bias": bias}
     if isinstance(temperature, Tensor):
         named["temperature"] = temperature
+    check_plain_tensor("hidden", hidden, None)
     for name, t in named.items():
-        if t is not None:
-            _check_plain_tensor(name, t, hidden)
+        if t is not None or name in ("weight", "targets"):
+            check_plain_tensor(name, t, hidden)
 
     if hidden.dtype not in DTYPES:
         raise TypeError(f"hidden must be float32, bfloat16, float16 or float64, got {hidden.dtype}")
@@ -51,17 +58,26 @@ def check_head_inputs(
             )
         if temperature.requires_grad:
             raise ValueError("temperature must not require grad: no gradient is computed for it; pass .detach()")
-    elif isinstance(temperature, bool) or not isinstance(temperature, int | float):
-        raise TypeError(f"temperature must be a float or a tensor, got {type(temperature).__name__}")
-    elif not temperature > 0:
-        raise ValueError(f"temperature must be > 0, got {temperature}")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be > 0 or None, got {softcap}")
+    else:
+        check_number("temperature", temperature, above=0.0, kind="a float or a tensor")
+        if not temperature >= SMALLEST_TEMPERATURE:
+            raise ValueError(f"temperature must be >= {SMALLEST_TEMPERATURE:g}, got {temperature}")
+    if softcap is not None:
+        check_number("softcap", softcap, kind="a number or None", finite=False)
+        if not softcap > 0:
+            raise ValueError(f"softcap must be > 0 or None, got {softcap}")
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, Integral):
+        raise TypeError(f"ignore_index must be an integer, got {type(ignore_index).__name__}")
+
+
+def may_read(t: Tensor) -> bool:
+    """Whether a check may look at t's numbers: on a CPU, where that costs nothing, or where it is asked for."""
+    return t.device.type == "cpu" or os.environ.get("PRIME_KERNELS_CHECK") == "1"
 
 
 def check_head_values(targets: Tensor, codes: Tensor, temperature: Tensor | None, total_vocab: int | Tensor) -> None:
     """Targets in range and temperatures positive: read where that costs no synchronisation, or where asked for."""
-    if targets.is_cuda and os.environ.get("PRIME_KERNELS_CHECK") != "1":
+    if not may_read(targets):
         return
     bad = codes == INVALID
     if bad.any():
@@ -75,25 +91,60 @@ def check_head_values(targets: Tensor, codes: Tensor, temperature: Tensor | None
         raise ValueError(f"temperature must be > 0, got {float(temperature[at])} at token {at}")
 
 
-def check_rows(like: Tensor, **rows: Tensor | None) -> None:
-    """Per-token inputs have the shape and device of `like`; None is absent."""
+def check_rows(like: Tensor, *, optional: tuple[str, ...] = (), **rows: Tensor | None) -> None:
+    """Per-token inputs are numbers of the shape and device of `like`; the optional ones may be None."""
     for name, t in rows.items():
-        if t is not None:
-            _check_plain_tensor(name, t, like)
-            if t.shape != like.shape:
-                raise ValueError(f"{name} must have the tokens' shape {_shape(like)}, got {_shape(t)}")
+        if t is None and name in optional:
+            continue
+        check_plain_tensor(name, t, like)
+        assert t is not None
+        if t.shape != like.shape:
+            raise ValueError(f"{name} must have the tokens' shape {_shape(like)}, got {_shape(t)}")
+        if t.is_complex():
+            raise TypeError(f"{name} must hold real numbers, got {t.dtype}")
 
 
-def check_number(name: str, value: object, *, at_least: float | None = None, above: float | None = None) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if at_least is not None and not value >= at_least:
+def check_logp(name: str, t: object) -> None:
+    """Log-probs that everything else is measured by: a plain tensor of floating-point numbers."""
+    check_plain_tensor(name, t, None)
+    assert isinstance(t, Tensor)
+    if t.dtype not in DTYPES:
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {t.dtype}")
+
+
+def check_number(
+    name: str, value: Any, *, at_least: float | None = None, above: float | None = None, kind: str = "a number",
+    finite: bool = True,
+) -> None:  # fmt: skip
+    """A real number of Python's or numpy's, within its bounds; `kind` is what the message asks for."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be {kind}, got {type(value).__name__}")
+    number: Any = value
+    if at_least is not None and not number >= at_least:
         raise ValueError(f"{name} must be >= {at_least:g}, got {value}")
-    if above is not None and not value > above:
+    if above is not None and not number > above:
         raise ValueError(f"{name} must be > {above:g}, got {value}")
+    if finite and not -inf < number < inf:  # math.isfinite is no part of a graph
+        raise ValueError(f"{name} must be finite, got {value}")
 
 
-def _check_plain_tensor(name: str, t: object, hidden: Tensor) -> None:
+def real_number(value: Any) -> float:
+    """A checked number as Python's own, which is what an operator takes: numpy's are none."""
+    return float(value)
+
+
+def check_no_tangent(op: str, **inputs: object) -> None:
+    """Forward-mode derivatives are refused: torch would drop the tangent of an operator without a word."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    for name, t in inputs.items():
+        if isinstance(t, Tensor) and forward_ad.unpack_dual(t).tangent is not None:
+            raise NotImplementedError(
+                f"{op} has no forward-mode derivative, and {name} carries a tangent; use prime_kernels.reference"
+            )
+
+
+def check_plain_tensor(name: str, t: object, hidden: Tensor | None) -> None:
     if not isinstance(t, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
     if is_dtensor(t):
@@ -101,7 +152,7 @@ def _check_plain_tensor(name: str, t: object, hidden: Tensor) -> None:
             f"{name} must be a plain tensor, got a DTensor {_shape(t)}: under FSDP2 call the op inside the forward "
             f"of the module that owns the parameter, where it is gathered, or pass {name}.full_tensor()"
         )
-    if t.device != hidden.device:
+    if hidden is not None and t.device != hidden.device:
         raise ValueError(f"{name} must be on hidden's device {hidden.device}, got {t.device}")
 
 

@@ -6,6 +6,8 @@ On CUDA, 16-bit operands feed the tensor cores and results leave as fp32 (`out_d
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import Lock
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,23 +35,51 @@ def operand(t: Tensor) -> Tensor:
     return t.float() if needs_upcast(t) else t
 
 
+class _ProcessFlags:
+    """cuBLAS's settings, one set for the process: changed while any operator runs, restored by the last one out.
+
+    Autograd runs operators on threads of its own, so what one of them found cannot be what it leaves behind.
+    """
+
+    def __init__(self) -> None:
+        self.lock = Lock()
+        self.inside = 0
+        self.before: dict[str, Any] = {}
+
+    def enter(self) -> None:
+        with self.lock:
+            if self.inside == 0:
+                self.before = {name: getattr(torch._C, f"_get_cublas_{name}")() for name in FLAGS}
+                for name, value in self.before.items():
+                    # Of a pair the second says whether split-K is allowed, which is the user's to say.
+                    _set_flag(name, (False, *value[1:]) if isinstance(value, tuple) else False)
+            self.inside += 1
+
+    def leave(self) -> None:
+        with self.lock:
+            self.inside -= 1
+            if self.inside == 0:
+                for name, value in self.before.items():
+                    _set_flag(name, value)
+
+
+FLAGS = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction", "allow_fp16_accumulation")
+_flags = _ProcessFlags()
+
+
+def _set_flag(name: str, value: Any) -> None:
+    # torch's own front (torch.backends.cuda.matmul) reads a pair as its first half alone.
+    getattr(torch._C, f"_set_cublas_{name}")(*(value if isinstance(value, tuple) else (value,)))
+
+
 @contextmanager
 def full_precision_sums() -> Iterator[None]:
     """Forbid cuBLAS to add up partial sums of 16-bit products in 16 bits (its default for split-K)."""
-    matmul = torch.backends.cuda.matmul
-    names = (
-        "allow_bf16_reduced_precision_reduction",
-        "allow_fp16_reduced_precision_reduction",
-        "allow_fp16_accumulation",
-    )
-    before = [(name, getattr(matmul, name)) for name in names]
+    _flags.enter()
     try:
-        for name in names:
-            setattr(matmul, name, False)
         yield
     finally:
-        for name, value in before:
-            setattr(matmul, name, value)
+        _flags.leave()
 
 
 def mm(a: Tensor, b: Tensor, out: Tensor) -> Tensor:

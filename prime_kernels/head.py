@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from .logprob import linear_logprob
 from .ppo import linear_ppo_loss
@@ -22,24 +23,50 @@ class LogProbHead(nn.Linear):
         head.prm_loss(hidden, ...)         -> PRMLoss,       as `linear_prm_loss` …
 
     Every one of these runs in the module's forward, so that its hooks see it: FSDP2 (`fully_shard(head)`) gathers the
-    weight for it and reduces its gradient, activation checkpointing recomputes it. Parameters and state_dict are those
-    of `nn.Linear`; a tied embedding is tied as ever, `head.weight = embedding.weight`.
+    weight for it and reduces its gradient, activation checkpointing recomputes it. Of the arguments, hooks see hidden
+    states and targets alone, so that FSDP2's mixed precision casts no log-prob, advantage or temperature. Parameters
+    and state_dict are those of `nn.Linear`; a tied embedding is tied as ever, `head.weight = embedding.weight`.
+
+    A plain `nn.Linear` that is put in a head's place (`model.lm_head = …`, as `resize_token_embeddings` of transformers
+    does) becomes a head on that layer's parameters. Delete the attribute first to be rid of the head.
     """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, **options: Any) -> None:
+        super().__init__(in_features, out_features, bias, **options)
+        _keep_heads()
 
     @classmethod
     def from_linear(cls, linear: nn.Linear) -> "LogProbHead":
-        """A head on the parameters of an existing one, shared, not copied: `model.lm_head = from_linear(...)`."""
+        """A head on the parameters of an existing one, shared, not copied: `model.lm_head = from_linear(...)`.
+
+        Raises:
+            TypeError: the layer computes something else than `nn.Linear` does, such as one with LoRA adapters or
+                quantised weights, which the head would leave out.
+        """
+        plain = isinstance(linear, nn.Linear) and type(linear).forward in (nn.Linear.forward, LogProbHead.forward)
+        if not plain or "forward" in vars(linear):
+            raise TypeError(
+                f"from_linear takes a layer that computes what nn.Linear does, got {type(linear).__module__}."
+                f"{type(linear).__name__}: merge its adapters or dequantise it first"
+            )
         head = cls(linear.in_features, linear.out_features, bias=False, device="meta", dtype=linear.weight.dtype)
         head.weight = linear.weight
         head.bias = linear.bias
         head.train(linear.training)
         return head
 
-    def forward(  # type: ignore[override]
-        self, hidden: Tensor, targets: Tensor | None = None, *args: Any, op: Callable[..., Any] = linear_logprob,
-        **options: Any,
-    ) -> Any:  # fmt: skip
+    def __call__(self, hidden: Tensor, targets: Tensor | None = None, *args: Any, **options: Any) -> Any:
+        if targets is None and not args and not options:
+            return super().__call__(hidden)
+        return super().__call__(hidden, targets, _Bound(args, options))
+
+    def forward(self, hidden: Tensor, targets: Tensor | None = None, *args: Any, **options: Any) -> Any:  # type: ignore[override]
+        if len(args) == 1 and isinstance(args[0], _Bound):
+            args, options = args[0].args, dict(args[0].options)
+        op: Callable[..., Any] = options.pop("op", linear_logprob)
         if targets is None:
+            if args or options:
+                raise TypeError(f"LogProbHead needs targets where it is given {', '.join(options) or 'more'}")
             return super().forward(hidden)
         return op(hidden, self.weight, targets, *args, bias=self.bias, **options)
 
@@ -61,3 +88,29 @@ class LogProbHead(nn.Linear):
     ) -> PRMLoss:  # fmt: skip
         """`linear_prm_loss` of this head."""
         return self(hidden, targets, ref_logp, cu_seqlens, outcomes, op=linear_prm_loss, **options)
+
+
+class _Bound:
+    """Arguments that pass a module's hooks unseen: FSDP2 casts every floating-point tensor that it finds.
+
+    No dataclass, for it looks into those.
+    """
+
+    def __init__(self, args: tuple, options: dict[str, Any]) -> None:
+        self.args, self.options = args, options
+
+
+_hook: Any = None
+
+
+def _keep_heads() -> None:
+    """From the first head on, a plain linear layer that takes a head's place becomes one."""
+    global _hook
+    if _hook is None:
+        _hook = register_module_module_registration_hook(_replacement)  # type: ignore[arg-type]
+
+
+def _replacement(parent: nn.Module, name: str, module: nn.Module | None) -> nn.Module | None:
+    if type(module) is nn.Linear and isinstance(parent._modules.get(name), LogProbHead):
+        return LogProbHead.from_linear(module)
+    return None

@@ -4,169 +4,165 @@ Forward saves log-prob, entropy and the log-sum-exp of each token. Backward reco
 The work is in `sweep.py`; here it becomes a torch operator with a derivative, and a public function.
 """
 
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from . import gemm, vocab_parallel
-from .calls import HeadArgs, flatten, open_head, strategy_for, working_on
-from .kernels.common import IGNORED
-from .onepass import Wanted, loss_and_gradients
+from .calls import HeadCall, head_arguments, open_head, open_rows, strategy_for, trained
+from .checks import check_no_tangent
+from .onepass import Gradients, Wanted, loss_and_gradients
+from .operators import Derivative, Results, Saved, own, register
 from .plan import HALF_DTYPES, Tiling, keeps_logp_gradient, plan_tiling
 from .sweep import sweep_backward, sweep_forward
-from .tiles import Head, RowGrads, Rows, RowStats, Tiles, make_tiles
+from .tiles import RowGrads, RowStats, Tiles
 from .types import TokenLogProbs
 from .workspace import logprob_workspace
 
 
-@torch.library.custom_op("prime_kernels::linear_logprob", mutates_args=())
-def _linear_logprob(
-    hidden: Tensor,  # [N, D]
-    weight: Tensor,  # [V, D]
-    targets: Tensor,  # [N]
-    bias: Tensor | None,  # [V]
-    temperature: Tensor | None,  # [N] in the logits' dtype
-    softcap: float | None,
-    ignore_index: int,
-    backend: str,
-    group: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(logp, entropy, max, logsum, codes), each [N]: results, the log-sum-exp in two parts, targets as columns."""
-    args = HeadArgs(hidden, weight, targets, bias, temperature, softcap, ignore_index, backend)
-    with open_head(args, group) as (tiles, rows, head):
+@dataclass(frozen=True, slots=True)
+class LogProbCall(HeadCall):
+    """Arguments of `prime_kernels::linear_logprob`."""
+
+    group: str  # the name of the process group over which the vocabulary is sharded, or ""
+    entropy: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class LogProbBackwardCall:
+    """Arguments of `prime_kernels::linear_logprob_backward`."""
+
+    dlogp: Tensor  # [...]
+    dentropy: Tensor | None
+    logp: Tensor
+    entropy: Tensor
+    row_max: Tensor
+    logsum: Tensor
+    codes: Tensor
+    hidden: Tensor  # [..., D]
+    weight: Tensor
+    bias: Tensor | None
+    temperature: Tensor | None
+    softcap: float | None
+    backend: str
+    group: str
+    need_dh: bool
+    need_dw: bool
+    need_dbias: bool
+
+
+def _forward(call: LogProbCall) -> Results:
+    """(logp, entropy, max, logsum, codes), each [...]: results, the log-sum-exp in two parts, targets as columns."""
+    group, shape = call.group, call.targets.shape
+    with open_head(call, group, entropy=call.entropy) as (tiles, rows, head):
         gather = partial(vocab_parallel.gather_partials, group_name=group) if group else None
-        stats = sweep_forward(tiles, rows, head, _tiling(tiles, hidden, weight), gather)
-    return stats.logp, stats.entropy, stats.max, stats.logsum, rows.codes
+        stats = sweep_forward(tiles, rows, head, _tiling(tiles, rows.hidden, call.weight), gather)
+    entropy = torch.zeros_like(stats.logp) if stats.entropy is None else stats.entropy
+    return tuple(own(t, shape) for t in (stats.logp, entropy, stats.max, stats.logsum, rows.codes))
 
 
-@_linear_logprob.register_fake
-def _(
-    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, temperature: Tensor | None,
-    softcap: float | None, ignore_index: int, backend: str, group: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    row = partial(hidden.new_empty, len(hidden), dtype=gemm.stats_dtype(hidden.dtype))
-    return row(), row(), row(), row(), torch.empty_like(targets)
+def _forward_fake(call: LogProbCall) -> Results:
+    row = partial(call.hidden.new_empty, call.targets.shape, dtype=gemm.stats_dtype(call.hidden.dtype))
+    return row(), row(), row(), row(), row(dtype=torch.int64)
 
 
-@torch.library.custom_op("prime_kernels::linear_logprob_backward", mutates_args=())
-def _linear_logprob_backward(
-    dlogp: Tensor, dentropy: Tensor | None, logp: Tensor, entropy: Tensor, row_max: Tensor, logsum: Tensor,
-    codes: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: Tensor | None,
-    softcap: float | None, backend: str, group: str, need_dh: bool, need_dw: bool, need_dbias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def _backward(call: LogProbBackwardCall) -> Results:
     """(dhidden, dweight, dbias), an empty tensor for each that is not needed."""
-    rows = Rows(hidden=hidden, codes=codes, temperature=temperature)
-    head = Head(weight=weight, bias=bias, softcap=softcap)
-    grads = RowGrads.of(RowStats(logp=logp, entropy=entropy, max=row_max, logsum=logsum), dlogp, dentropy)
-    with working_on(hidden):
-        tiles = make_tiles(strategy_for(hidden, backend), hidden)
-        gradients = sweep_backward(
-            tiles, rows, head, grads, _tiling(tiles, hidden, weight),
-            need_dh=need_dh, need_dw=need_dw, need_dbias=need_dbias,
+    group = call.group
+    with open_rows(call.hidden, call.codes, call, entropy=call.dentropy is not None) as (tiles, rows, head):
+        flat = (t.reshape(-1) for t in (call.logp, call.entropy, call.row_max, call.logsum, call.dlogp))
+        logp, entropy, row_max, logsum, dlogp = flat
+        dentropy = None if call.dentropy is None else call.dentropy.reshape(-1)
+        stats = RowStats(logp=logp, entropy=entropy, max=row_max, logsum=logsum)
+        dh, dw, dbias = sweep_backward(
+            tiles, rows, head, RowGrads.of(rows.codes, stats, dlogp, dentropy),
+            _tiling(tiles, rows.hidden, call.weight), need_dh=call.need_dh, need_dw=call.need_dw,
+            need_dbias=call.need_dbias, dtype=call.hidden.dtype,
             reduce_dh=partial(vocab_parallel.sum_over_ranks, group_name=group) if group else None,
         )  # fmt: skip
-    dh, dw, dbias = (hidden.new_empty(0) if g is None else g for g in gradients)
-    return dh, dw, dbias
-
-
-@_linear_logprob_backward.register_fake
-def _(
-    dlogp: Tensor, dentropy: Tensor | None, logp: Tensor, entropy: Tensor, row_max: Tensor, logsum: Tensor,
-    codes: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: Tensor | None,
-    softcap: float | None, backend: str, group: str, need_dh: bool, need_dw: bool, need_dbias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    dbias = hidden.new_empty(len(weight) if need_dbias else 0)
+    nothing = partial(call.hidden.new_empty, 0)
     return (
-        hidden.new_empty(hidden.shape if need_dh else (0,)),
-        hidden.new_empty(weight.shape if need_dw else (0,)),
-        dbias,
-    )
-
-
-def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    hidden, weight, _, bias, temperature, softcap, _, backend, group = inputs
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*output[2:])
-    ctx.save_for_backward(hidden, weight, bias, temperature, *output)
-    ctx.options = softcap, backend, group
-
-
-def _backward(ctx: Any, dlogp: Tensor | None, dentropy: Tensor | None, *_: None) -> tuple:
-    hidden, weight, bias, temperature, *results = ctx.saved_tensors
-    need_dh, need_dw, _, need_dbias, *_rest = ctx.needs_input_grad
-    if (dlogp is None and dentropy is None) or not (need_dh or need_dw or need_dbias):
-        return (None,) * 9
-    dh, dw, dbias = _linear_logprob_backward(
-        torch.zeros_like(results[0]) if dlogp is None else dlogp, dentropy, *results,
-        hidden, weight, bias, temperature, *ctx.options, need_dh, need_dw, need_dbias,
+        nothing() if dh is None else dh.view(call.hidden.shape),
+        nothing() if dw is None else dw,
+        nothing() if dbias is None else dbias,
     )  # fmt: skip
-    return dh if need_dh else None, dw if need_dw else None, None, dbias if need_dbias else None, *(None,) * 5
 
 
-_linear_logprob.register_autograd(_backward, setup_context=_setup_context)
+def _backward_fake(call: LogProbBackwardCall) -> Results:
+    new, V = call.hidden.new_empty, call.weight.shape[0]
+    return (
+        new(call.hidden.shape if call.need_dh else (0,)), new(call.weight.shape if call.need_dw else (0,)),
+        new(V if call.need_dbias else 0),
+    )  # fmt: skip
 
 
-@torch.library.custom_op("prime_kernels::linear_logprob_frozen", mutates_args=())
-def _linear_logprob_frozen(
-    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, temperature: Tensor | None,
-    softcap: float | None, ignore_index: int, backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(logp [N], ∂logp/∂hidden [N, D] in the logits' dtype, codes [N]) of a head without gradients."""
-    args = HeadArgs(hidden, weight, targets, bias, temperature, softcap, ignore_index, backend)
-    dtype = gemm.stats_dtype(hidden.dtype)
-    logp = hidden.new_empty(len(hidden), dtype=dtype)
+def _gradients(saved: Saved[LogProbCall], dlogp: Tensor | None, dentropy: Tensor | None) -> dict[str, Tensor]:
+    hidden, weight, bias, temperature, *results = saved.tensors
+    call = saved.options
+    names = ("hidden", "weight", "bias")
+    found = _linear_logprob_backward(
+        torch.zeros_like(results[0]) if dlogp is None else dlogp, dentropy, *results,
+        hidden, weight, bias, temperature, call.softcap, call.backend, call.group, *(saved.needs[n] for n in names),
+    )  # fmt: skip
+    return dict(zip(names, found, strict=True))
+
+
+_linear_logprob_backward = register("linear_logprob_backward", LogProbBackwardCall, 3, _backward, _backward_fake)
+_linear_logprob = register(
+    "linear_logprob", LogProbCall, 5, _forward, _forward_fake,
+    Derivative(
+        results=2, gradients=_gradients,
+        keep=lambda call, results: (call.hidden, call.weight, call.bias, call.temperature, *results),
+    ),
+)  # fmt: skip
+
+
+def _frozen(call: HeadCall) -> Results:
+    """(logp [...], ∂logp/∂hidden [..., D] in the logits' dtype and in units, the unit) of a head without gradients."""
+    logp = call.hidden.new_empty(call.targets.shape, dtype=gemm.stats_dtype(call.hidden.dtype))
+    flat = logp.view(-1)
 
     def epilogue(at: slice, stats: RowStats) -> tuple[Tensor, None]:
-        logp[at] = stats.logp
+        flat[at] = stats.logp
         return torch.ones_like(stats.logp), None
 
-    with open_head(args) as (tiles, rows, head):
-        kept = loss_and_gradients(
-            tiles, rows, head, epilogue, Wanted(hidden=True, weight=False, bias=False),
-            workspace=logprob_workspace(), dh_dtype=dtype,
-        )  # fmt: skip
-    return logp, kept.hidden, rows.codes
+    with open_head(call, entropy=False) as (tiles, rows, head):
+        kept = loss_and_gradients(tiles, rows, head, epilogue, ONLY_HIDDEN, workspace=logprob_workspace())
+    return logp, kept.shaped(call.hidden).hidden, kept.unit
 
 
-@_linear_logprob_frozen.register_fake
-def _(
-    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, temperature: Tensor | None,
-    softcap: float | None, ignore_index: int, backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    dtype = gemm.stats_dtype(hidden.dtype)
-    kept = hidden.new_empty(hidden.shape, dtype=dtype)
-    return hidden.new_empty(len(hidden), dtype=dtype), kept, torch.empty_like(targets)
+def _frozen_fake(call: HeadCall) -> Results:
+    kept = Gradients.empty(call.hidden, call.weight, ONLY_HIDDEN)
+    return call.hidden.new_empty(call.targets.shape, dtype=kept.unit.dtype), kept.hidden, kept.unit
 
 
-def _setup_frozen(ctx: Any, inputs: tuple, output: tuple) -> None:
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*output[1:])
-    ctx.dtype = inputs[0].dtype
+def _frozen_gradients(saved: Saved[HeadCall], dlogp: Tensor) -> dict[str, Tensor]:
+    kept, unit, targets = saved.tensors
+    factor = (dlogp * unit).masked_fill(targets == saved.options.ignore_index, 0)[..., None]
+    # Where an upstream gradient is 0 so is this one, even of a row that is NaN.
+    return {"hidden": (kept * factor).masked_fill_(factor == 0, 0).to(saved.dtypes["hidden"])}
 
 
-def _backward_frozen(ctx: Any, dlogp: Tensor, *_: Any) -> tuple:
-    kept, codes = ctx.saved_tensors
-    dh = kept * dlogp.masked_fill(codes == IGNORED, 0)[:, None]
-    return dh.to(ctx.dtype), *(None,) * 7
+ONLY_HIDDEN = Wanted(hidden=True, weight=False, bias=False)
+_linear_logprob_frozen = register(
+    "linear_logprob_frozen", HeadCall, 3, _frozen, _frozen_fake,
+    Derivative(results=1, gradients=_frozen_gradients, keep=lambda call, results: (*results[1:], call.targets)),
+)  # fmt: skip
 
 
-_linear_logprob_frozen.register_autograd(_backward_frozen, setup_context=_setup_frozen)
-
-
-def _keeps_gradient(args: HeadArgs, entropy: bool, group: str) -> bool:
-    trained = [t is not None and t.requires_grad for t in (args.hidden, args.weight, args.bias)]
+def _keeps_gradient(hidden: Tensor, *, frozen: bool, entropy: bool, backend: str) -> bool:
     return keeps_logp_gradient(
-        *args.hidden.shape, frozen=torch.is_grad_enabled() and trained == [True, False, False] and not group,
-        entropy=entropy, keeps_logits=strategy_for(args.hidden, args.backend) != "fused", workspace=logprob_workspace(),
+        hidden.numel() // max(hidden.shape[-1], 1), hidden.shape[-1], frozen=frozen, entropy=entropy,
+        keeps_logits=strategy_for(hidden, backend) != "fused", workspace=logprob_workspace(),
     )  # fmt: skip
 
 
 def _tiling(tiles: Tiles, hidden: Tensor, weight: Tensor) -> Tiling:
     return plan_tiling(
-        max(len(hidden), 1), hidden.shape[1], len(weight),
+        max(hidden.shape[0], 1), hidden.shape[1], weight.shape[0],
         workspace=logprob_workspace(), bytes_per_logit=tiles.bytes_per_logit, half=hidden.dtype in HALF_DTYPES,
         copies=gemm.needs_copies(hidden, weight),
     )  # fmt: skip
@@ -222,12 +218,14 @@ def linear_logprob(
             ids and per-token temperatures are looked at on a CPU, and on CUDA under PRIME_KERNELS_CHECK=1; else a
             target outside the vocabulary or a temperature ≤ 0 makes that token's results NaN.
     """
-    args = flatten(
+    head = head_arguments(
         hidden, weight, targets, bias=bias, temperature=temperature, softcap=softcap, ignore_index=ignore_index,
         backend=backend,
     )  # fmt: skip
-    shape, group = targets.shape, vocab_parallel.group_name(vocab_group)
-    if _keeps_gradient(args, entropy, group):
-        return TokenLogProbs(_linear_logprob_frozen(*args)[0].view(shape), None)
-    logp, row_entropy, *_ = _linear_logprob(*args, group)
-    return TokenLogProbs(logp.view(shape), row_entropy.view(shape) if entropy else None)
+    check_no_tangent("linear_logprob", hidden=hidden, weight=weight, bias=bias)
+    group, needs = vocab_parallel.group_name(vocab_group), trained(head)
+    frozen = list(needs.values()) == [True, False, False] and not group
+    if frozen and _keeps_gradient(head["hidden"], frozen=frozen, entropy=entropy, backend=backend):
+        return TokenLogProbs(_linear_logprob_frozen(**head)[0], None)
+    logp, row_entropy, *_ = _linear_logprob(**head, group=group, entropy=bool(entropy))
+    return TokenLogProbs(logp, row_entropy if entropy else None)

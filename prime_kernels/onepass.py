@@ -13,22 +13,29 @@ where an epilogue is any loss that is a sum over tokens (or over sequences, on c
 the logits does not pay, or a strategy has none in memory, statistics of all tokens come first and the logits are
 computed again for the gradients (8NDV); see `plan.plan_one_pass`.
 
-The gradients are complete when the forward ends, each rounded once to its dtype. Backward multiplies them in place by
-the loss's upstream gradient, so it can run once.
+The gradients are complete when the forward ends, and stay in fp32 until the loss's upstream gradient is known: backward
+multiplies by it and rounds once, to the dtype of what they belong to. That gives the stored gradients away, so it can
+run once.
+
+Where products take fp16, dZ carries a power of two, the same for all rows. It is chosen on the device from the loss's
+derivatives, so that small ones (a token's share of a large batch) are no subnormal numbers. The stored gradients carry
+it as well, and backward takes it off with the upstream factor.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
+from math import log
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._guards import detect_fake_mode
 
 from . import gemm
-from .kernels import losses as loss_kernels
-from .plan import CPU_FLOP_PER_BYTE, GPU_FLOP_PER_BYTE, HALF_DTYPES, OnePass, blocks, plan_one_pass, plan_tiling
+from .constants import HAS_TRITON
+from .devices import flop_per_byte
+from .operators import Derivative, Saved, is_shape_only
+from .plan import TRITON_DTYPES, OnePass, blocks, plan_one_pass, plan_tiling
 from .sweep import sweep_backward, sweep_forward
 from .tiles import Head, LogitTiles, RowGrads, Rows, RowStats, Tiles, empty_state
 
@@ -48,64 +55,88 @@ class Wanted:
     def __bool__(self) -> bool:
         return self.hidden or self.weight or self.bias
 
+    @classmethod
+    def of(cls, call: object) -> "Wanted":
+        """Those of an operator's call."""
+        return cls(hidden=call.need_dh, weight=call.need_dw, bias=call.need_dbias)  # type: ignore[attr-defined]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gradients:
-    """Gradients of a loss; an empty tensor for each that is not wanted."""
+    """Gradients of a loss in fp32 (fp64), times 1/unit; an empty tensor for each that is not wanted."""
 
-    hidden: Tensor  # [N, D]
+    hidden: Tensor  # [..., D]
     weight: Tensor  # [V, D]
     bias: Tensor  # [V]
+    unit: Tensor  # a number, a power of two
+
+    @classmethod
+    def empty(cls, hidden: Tensor, weight: Tensor, wanted: Wanted, *, zero: bool = False) -> "Gradients":
+        """Room for the wanted gradients of hidden [..., D] and weight [V, D]."""
+        dtype = gemm.stats_dtype(hidden.dtype)
+
+        def room(shape: Sequence[int], want: bool) -> Tensor:
+            new = hidden.new_zeros if zero and want else hidden.new_empty
+            return new(shape if want else (0,), dtype=dtype)
+
+        return cls(
+            hidden=room(hidden.shape, wanted.hidden), weight=room(weight.shape, wanted.weight),
+            bias=room(weight.shape[:1], wanted.bias), unit=hidden.new_ones((), dtype=dtype),
+        )  # fmt: skip
+
+    def shaped(self, hidden: Tensor) -> "Gradients":
+        """With the gradient of hidden in its shape."""
+        return replace(self, hidden=self.hidden.view(hidden.shape)) if self.hidden.dim() == 2 else self
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter((self.hidden, self.weight, self.bias, self.unit))
 
 
 def loss_and_gradients(
     tiles: Tiles, rows: Rows, head: Head, epilogue: Epilogue, wanted: Wanted, *, workspace: int,
-    sequences: list[int] | None = None, together: bool = False, dh_dtype: torch.dtype | None = None,
+    sequences: list[int] | None = None, together: bool = False,
 ) -> Gradients:  # fmt: skip
     """Call the epilogue for every token and return the gradients that follow from it.
 
     `sequences`, boundaries [S + 1] of sequences, keeps each of them within one call of the epilogue; `together` makes
     that call one for all tokens.
     """
-    N, D = rows.hidden.shape
-    V = len(head.weight)
+    (N, D), V = rows.hidden.shape, len(head.weight)
     copies = gemm.needs_copies(rows.hidden, head.weight)
-    half = rows.hidden.dtype in HALF_DTYPES
     plan = OnePass(rows=0, cols=V, passes=2)
     if wanted and isinstance(tiles, LogitTiles):
         plan = plan_one_pass(
             max(N, 1), D, V, workspace=workspace, bytes_per_logit=tiles.bytes_per_logit, copies=copies,
-            need_dw=wanted.weight, flop_per_byte=GPU_FLOP_PER_BYTE if rows.hidden.is_cuda else CPU_FLOP_PER_BYTE,
+            need_dw=wanted.weight, need_dh=wanted.hidden, flop_per_byte=flop_per_byte(rows.hidden.device),
         )  # fmt: skip
-    if plan.passes == 1 and isinstance(tiles, LogitTiles):
+    if plan.passes == 1 and isinstance(tiles, LogitTiles) and not (together and plan.rows < N):
         chunks = blocks(N, plan.rows) if sequences is None else aligned_chunks(sequences, plan.rows)
-        if chunks is not None and (len(chunks) <= 1 or not together):
-            return one_pass(tiles, rows, head, epilogue, wanted, chunks, plan.cols, dh_dtype)
+        return one_pass(tiles, rows, head, epilogue, wanted, chunks, plan)
 
     tiling = plan_tiling(
-        max(N, 1), D, V, workspace=workspace, bytes_per_logit=tiles.bytes_per_logit, half=half, copies=copies
+        max(N, 1), D, V, workspace=workspace, bytes_per_logit=tiles.bytes_per_logit, half=False, copies=copies
     )  # fmt: skip
     stats = sweep_forward(tiles, rows, head, tiling)
     dlogp, dentropy = epilogue(slice(0, N), stats)
+    sums = GradientSums(rows, head, Wanted(hidden=False, weight=False, bias=False))
     if not wanted:
-        nothing = rows.hidden.new_empty(0)
-        return Gradients(hidden=nothing, weight=nothing.clone(), bias=nothing.clone())
+        return sums.found
+    grads = sums.scaled(RowGrads.of(rows.codes, stats, dlogp, dentropy), rows.temperature)
     found = sweep_backward(
-        tiles, rows, head, RowGrads.of(stats, dlogp, dentropy), tiling,
-        need_dh=wanted.hidden, need_dw=wanted.weight, need_dbias=wanted.bias,
+        tiles, rows, head, grads, tiling,
+        need_dh=wanted.hidden, need_dw=wanted.weight, need_dbias=wanted.bias, dtype=sums.found.unit.dtype,
     )  # fmt: skip
-    dh, dw, dbias = (rows.hidden.new_empty(0) if g is None else g for g in found)
-    return Gradients(hidden=dh.to(dh_dtype or dh.dtype), weight=dw, bias=dbias)
+    nothing = sums.found
+    dh, dw, dbias = (t if g is None else g for g, t in zip(found, nothing, strict=False))
+    return Gradients(hidden=dh, weight=dw, bias=dbias, unit=sums.found.unit)
 
 
-def aligned_chunks(boundaries: list[int], limit: int) -> list[tuple[int, int]] | None:
-    """Runs of whole sequences of at most `limit` tokens each; None where a sequence is longer."""
+def aligned_chunks(boundaries: list[int], limit: int) -> list[tuple[int, int]]:
+    """Runs of whole sequences of at most `limit` tokens each; a longer sequence is a run of its own."""
     chunks: list[tuple[int, int]] = []
     start = 0
     for begin, end in pairwise(boundaries):
-        if end - begin > limit:
-            return None
-        if end - start > limit:
+        if end - start > limit and start < begin:
             chunks.append((start, begin))
             start = begin
     chunks.append((start, boundaries[-1]))
@@ -114,84 +145,168 @@ def aligned_chunks(boundaries: list[int], limit: int) -> list[tuple[int, int]] |
 
 def one_pass(
     tiles: LogitTiles, rows: Rows, head: Head, epilogue: Epilogue, wanted: Wanted, chunks: list[tuple[int, int]],
-    col_step: int, dh_dtype: torch.dtype | None = None,
+    plan: OnePass,
 ) -> Gradients:  # fmt: skip
-    """The pass of this module's docstring over the given chunks; dh in `dh_dtype`, by default hidden's."""
-    hidden, weight = rows.hidden, head.weight
-    V, dtype = len(weight), gemm.stats_dtype(hidden.dtype)
-    dh = hidden.new_empty(hidden.shape if wanted.hidden else (0,), dtype=dh_dtype or hidden.dtype)
-    dw = weight.new_empty(weight.shape if wanted.weight else (0,), dtype=dtype)
-    dbias = weight.new_zeros(V if wanted.bias else 0, dtype=dtype)
-    chunks = [(start, stop) for start, stop in chunks if start < stop]
-    if not chunks:
-        dw.zero_()
+    """The pass of this module's docstring over the given chunks.
+
+    Of a chunk that is longer than the plan's, a sequence that needs the epilogue as a whole, the statistics come first
+    and its logits are computed again.
+    """
+    sums = GradientSums(rows, head, wanted)
+    tiles.reserve(max((min(stop - start, plan.rows) for start, stop in chunks), default=0), len(head.weight), sums.like)
     for start, stop in chunks:
-        block = rows[start:stop]
-        x = tiles.products(block, head, col_step)
-        stats = tiles.finish(tiles.fold(x, block, head, empty_state(stop - start, hidden)), block.codes)
-        dz = tiles.gradient(x, block, head, RowGrads.of(stats, *epilogue(slice(start, stop), stats)))
-        del x
-        if wanted.bias:
-            dbias += dz.sum(0, dtype=dtype)
-        if wanted.weight:
+        pieces = [slice(start + a, start + b) for a, b in blocks(stop - start, plan.rows)]
+        stats = RowStats.empty(stop - start, sums.like, entropy=tiles.entropy)
+        x: Tensor | None = None
+        for at in pieces:
+            x = None  # the next ones come in their place
+            block = rows[at]
+            x = tiles.products(block, head, plan.cols)
+            partials = tiles.fold(x, block, head, empty_state(len(block.codes), rows.hidden))
+            stats[at.start - start : at.stop - start] = tiles.finish(partials, block.codes)
+        here = slice(start, stop)
+        grads = RowGrads.of(rows.codes[here], stats, *epilogue(here, stats))
+        grads = sums.scaled(grads, None if rows.temperature is None else rows.temperature[here])
+        for at in pieces:
+            if len(pieces) > 1:
+                x = None
+                block = rows[at]
+                x = tiles.products(block, head, plan.cols)
+            assert x is not None
+            of_piece = grads[at.start - start : at.stop - start]
+            dz = tiles.gradient(x, block, head, of_piece)
+            x = None
+            sums.add(at, block, dz, of_piece.dead, plan.cols)
+            del dz
+    return sums.done()
+
+
+# Where the largest derivative of a row of fp16 lies, a power of two, when the factor is chosen; and between which it
+# may wander before another one is. fp16 reaches from 2⁻²⁴ to 2¹⁶, a row's dZ is at most its derivative.
+CHOSEN, LEAST, MOST = 11, 8, 14
+
+
+class GradientSums:
+    """Gradients as they add up, chunk by chunk."""
+
+    def __init__(self, rows: Rows, head: Head, wanted: Wanted) -> None:
+        self.rows, self.head = rows, head
+        self.found = Gradients.empty(rows.hidden, head.weight, wanted)
+        self.like = self.found.unit  # for new tensors in the sums' dtype
+        self.started = 0  # tokens that have been added
+        self.scales = gemm.operand(rows.hidden[:0]).dtype is torch.float16
+        self.exponent = torch.zeros((), dtype=torch.int32, device=rows.hidden.device)
+
+    def scaled(self, grads: RowGrads, temperature: Tensor | None) -> RowGrads:
+        """A chunk's derivatives in the sums' unit, which changes where these would be too small or too large for it."""
+        if not self.scales:
+            return grads
+        # |dZ| ≤ (|dlogp| + |dentropy|·log V)/τ
+        size = grads.dlogp.abs()
+        if grads.dentropy is not None:
+            size = size + grads.dentropy.abs() * log(max(len(self.head.weight), 2))
+        if temperature is not None:
+            size = size / temperature
+        largest = torch.where(size.isfinite(), size, 0).amax() if len(size) else size.new_zeros(())
+        magnitude = torch.frexp(largest).exponent
+        now = self.exponent + magnitude
+        keep = (largest == 0) | ((now >= LEAST) & (now <= MOST) & (self.started > 0))
+        exponent = torch.where(keep, self.exponent, (CHOSEN - magnitude).clamp(-100, 100))
+        if self.started:
+            change = _power_of_two(exponent - self.exponent)
+            for sums in (self.found.hidden.view(-1)[: self.started * self.rows.hidden.shape[1]],
+                         self.found.weight, self.found.bias):  # fmt: skip
+                rescale(sums, change)
+        self.exponent = exponent
+        self.found = replace(self.found, unit=_power_of_two(-exponent))
+        factor = _power_of_two(exponent)
+        dentropy = None if grads.dentropy is None else grads.dentropy * factor
+        return replace(grads, dlogp=grads.dlogp * factor, dentropy=dentropy)
+
+    def add(self, at: slice, block: Rows, dz: Tensor, dead: Tensor, col_step: int) -> None:
+        """Add what dZ [n, V] of tokens `at` gives."""
+        found, head, V = self.found, self.head, len(self.head.weight)
+        of_bias, of_weight, of_hidden = (len(t) > 0 for t in (found.bias, found.weight, found.hidden))
+        dh = found.hidden[at] if of_hidden else None
+        if of_bias:
+            total = dz.sum(0, dtype=found.bias.dtype)
+            found.bias.add_(total) if self.started else found.bias.copy_(total)
+        if of_weight:
+            block = block.without(dead, room=self._room(block, dh))
             for c0, c1 in blocks(V, col_step):
-                if start == 0:  # the first chunk writes what the others add to
-                    gemm.mm(dz[:, c0:c1].t(), block.hidden, out=dw[c0:c1])
-                else:
-                    gemm.addmm(dw[c0:c1], dz[:, c0:c1].t(), block.hidden)
-        if wanted.hidden:
-            _write_dh(dh[start:stop], dz, head, col_step)
-        del dz, block
-    return Gradients(hidden=dh, weight=dw.to(weight.dtype), bias=dbias.to(weight.dtype))
+                if self.started:
+                    gemm.addmm(found.weight[c0:c1], dz[:, c0:c1].t(), block.hidden)
+                else:  # the first chunk writes what the others add to
+                    gemm.mm(dz[:, c0:c1].t(), block.hidden, out=found.weight[c0:c1])
+        if dh is not None:
+            if col_step >= V:
+                gemm.mm(dz, head[0:V].weight, out=dh)
+            else:
+                dh.zero_()
+                for c0, c1 in blocks(V, col_step):
+                    gemm.addmm(dh, dz[:, c0:c1], head[c0:c1].weight)
+        self.started = at.stop
+
+    def _room(self, block: Rows, dh: Tensor | None) -> Tensor | None:
+        """Memory for hidden states without dead ones: where they are a copy already, or dh's, which is written last."""
+        if gemm.needs_upcast(self.rows.hidden):
+            return block.hidden
+        return None if dh is None else dh.view(block.hidden.dtype)[:, : block.hidden.shape[1]]
+
+    def done(self) -> Gradients:
+        if not self.started:
+            for t in (self.found.weight, self.found.bias):
+                t.zero_()
+        return self.found
 
 
-def _write_dh(out: Tensor, dz: Tensor, head: Head, col_step: int) -> None:
-    """out = dz·weight, rounded once."""
-    V = len(head.weight)
-    if col_step >= V:
-        gemm.mm(dz, head[0:V].weight, out=out)
-        return
-    acc = torch.zeros_like(out, dtype=gemm.stats_dtype(out.dtype))
-    for c0, c1 in blocks(V, col_step):
-        gemm.addmm(acc, dz[:, c0:c1], head[c0:c1].weight)
-    out.copy_(acc)
+def _power_of_two(exponent: Tensor) -> Tensor:
+    """2^exponent in fp32, exactly."""
+    return ((exponent.clamp(-126, 127) + 127).to(torch.int32) << 23).view(torch.float32)
 
 
-def stored_gradients(ctx: Any, upstream: Tensor) -> list[Tensor]:
-    """In backward: the gradients that the forward saved, times the loss's upstream gradient, given away once.
+def rescale(t: Tensor, factor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """t·factor, a number on the device, rounded once to `dtype`; in t's own memory where that is its dtype.
 
-    In place: times 1 costs nothing, and the host never waits. A graph that is being traced gets a plain product.
+    There, times 1 costs nothing, and the host never waits.
     """
-    if ctx.spent:
+    out = t if dtype in (None, t.dtype) else torch.empty_like(t, dtype=dtype)
+    if t.is_cuda and HAS_TRITON and t.dtype in TRITON_DTYPES:
+        from .kernels import losses
+
+        with torch.cuda.device(t.device):
+            losses.scale(t, factor, out)
+        return out
+    if t.is_cuda or factor != 1:
+        t.mul_(factor)
+    return t if out is t else out.copy_(t)
+
+
+def give_away(state: dict[str, Any]) -> None:
+    """Note in a call's state that its stored gradients go; refuse it a second time, before they are looked at."""
+    if state.get("spent"):
         raise RuntimeError("a one-pass loss gives its stored gradients away in backward, which can run once")
-    ctx.spent = True
-    gradients = list(ctx.saved_tensors)
-    if detect_fake_mode(gradients) is not None:
-        return [t * upstream.to(t.dtype) for t in gradients]
-    for t in gradients:
-        if t.is_cuda:
-            with torch.cuda.device(t.device):
-                loss_kernels.scale(t, upstream)
-        elif upstream != 1:
-            t.mul_(upstream)
-    return gradients
+    state["spent"] = True
 
 
-def register_stored_gradients(op: torch.library.CustomOpDef, *, results: int) -> None:
-    """Give `op`, whose outputs are a loss, `results − 1` others, and the gradients of its head, a derivative.
+def stored(tensors: Sequence[Tensor], upstream: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """In backward: the `Gradients` that the forward stored, times the loss's upstream gradient, in their own memory.
 
-    Its arguments begin as `calls.HeadArgs`; gradients are those of hidden, weight and bias.
+    A graph that is being traced gets a plain product.
     """
+    *gradients, unit = tensors
+    factor = upstream * unit
+    if is_shape_only(unit, upstream):
+        return [(t * factor).to(dtype) for t in gradients]
+    return [rescale(t, factor, dtype) for t in gradients]
 
-    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.save_for_backward(*output[results:])
-        ctx.spent, ctx.arguments = False, len(inputs)
 
-    def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        found: list[Tensor | None] = [None] * ctx.arguments
-        for position, gradient in zip((0, 1, 3), stored_gradients(ctx, upstream), strict=True):
-            found[position] = gradient if ctx.needs_input_grad[position] else None
-        return tuple(found)
+def of_stored_gradients(results: int) -> Derivative:
+    """The derivative of an operator whose results are a loss, `results − 1` others, and the fields of `Gradients`."""
 
-    op.register_autograd(backward, setup_context=setup_context)
+    def gradients(saved: Saved, upstream: Tensor) -> dict[str, Tensor]:
+        give_away(saved.state)
+        found = stored(saved.tensors, upstream, saved.dtypes["hidden"])
+        return dict(zip(("hidden", "weight", "bias"), found, strict=True))
+
+    return Derivative(results=1, keep=lambda call, output: output[results:], gradients=gradients)

@@ -24,16 +24,24 @@ GOOD_TILE_COLS = 2048
 MIN_TILE_ROWS, MIN_TILE_COLS = 16, 16
 
 
-def choose_strategy(backend: str, *, arch: int, dtype: torch.dtype) -> Strategy:
+def choose_strategy(
+    backend: str, *, arch: int, dtype: torch.dtype, triton: bool = True, aligned: bool = True
+) -> Strategy:
     """The strategy that serves `backend` for inputs of `dtype` on compute capability `arch` (90 is sm_90, 0 a CPU).
 
-    | backend   | runs                                                                         |
-    |-----------|------------------------------------------------------------------------------|
-    | "auto"    | "chunked" on NVIDIA GPUs from sm_80 on, for dtypes it takes; "torch" elsewhere |
-    | "triton"  | "chunked": cuBLAS for the GEMMs, Triton for everything per logit               |
-    | "chunked" | that strategy                                                                |
-    | "fused"   | Triton GEMMs whose epilogue consumes the logits; bf16 and fp16 only          |
-    | "torch"   | plain torch in the same tiles                                                |
+    | backend   | runs                                                                            |
+    |-----------|---------------------------------------------------------------------------------|
+    | "auto"    | "chunked" on NVIDIA GPUs from sm_80 on, for dtypes it takes; "torch" elsewhere  |
+    | "triton"  | "chunked": cuBLAS for the GEMMs, Triton for everything per logit                |
+    | "chunked" | that strategy                                                                   |
+    | "fused"   | Triton GEMMs whose epilogue consumes the logits; bf16 and fp16 only; "chunked"  |
+    |           | where rows of the operands are not aligned                                      |
+    | "torch"   | plain torch in the same tiles                                                   |
+
+    Args:
+        triton: Triton is installed.
+        aligned: rows of hidden and weight lie in one piece each and start at multiples of 16 bytes, so that a fused
+            GEMM can read them asynchronously. Without that it would wait for every load, and spill.
 
     Raises:
         ValueError: the backend is unknown, or cannot run this dtype.
@@ -41,13 +49,15 @@ def choose_strategy(backend: str, *, arch: int, dtype: torch.dtype) -> Strategy:
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
     if backend == "auto":
-        return "chunked" if arch >= 80 and dtype in TRITON_DTYPES else "torch"
+        return "chunked" if triton and arch >= 80 and dtype in TRITON_DTYPES else "torch"
     if backend == "torch":
         return "torch"
+    if not triton:
+        raise ValueError(f"backend={backend!r} needs Triton, which is not installed; use backend='torch'")
     if backend == "fused":
         if dtype not in HALF_DTYPES:
             raise ValueError(f"backend='fused' takes hidden of bfloat16 or float16, got {dtype}; use 'chunked'")
-        return "fused"
+        return "fused" if aligned else "chunked"
     if dtype not in TRITON_DTYPES:
         raise ValueError(
             f"backend={backend!r} takes hidden of float32, bfloat16 or float16, got {dtype}; use backend='torch'"
@@ -73,15 +83,16 @@ def plan_tiling(N: int, D: int, V: int, *, workspace: int, bytes_per_logit: int,
       + max(resident, rows)·D·4    if half                 fp32 accumulator of dX
       + cols·D·4                   if half and (rows < N or copies)   fp32 accumulator of a slice of dW
       + (rows + cols)·D·4          if copies               copies of the tile's operands
-      + rows·96 + cols·8 + N·24                            row statistics, bias gradient, per-token inputs
+      + rows·D·4                   if not half             hidden states without those that do not count
+      + rows·112 + cols·8 + N·24                           row statistics, bias gradient, per-token inputs
 
-    With `half` (bf16 or fp16 inputs) the output cannot serve as its own accumulator. At most half the workspace
+    With `half` (gradients of bf16 or fp16) the output cannot serve as its own accumulator. At most half the workspace
     holds resident dX; each token beyond pays one more recomputation of its logits, 2·D·V FLOP. Only `cols` depends
     on V, so ranks that hold unequal parts of a vocabulary visit the same blocks of tokens.
 
     Args:
         bytes_per_logit: scratch bytes that the strategy takes for each logit of a tile.
-        half: inputs are of a 16-bit dtype.
+        half: gradients are of a 16-bit dtype.
         copies: a tile's operands are copied first: 16-bit ones to fp32 on a CPU, or for their strides.
 
     Raises:
@@ -94,8 +105,8 @@ def plan_tiling(N: int, D: int, V: int, *, workspace: int, bytes_per_logit: int,
         if half:
             fits = workspace // 2 // (4 * D)
             resident = N if fits >= N else fits // rows * rows
-        fixed = rows * 96 + N * 24
-        fixed += 4 * D * max(resident, rows) if half else 0
+        fixed = rows * 112 + N * 24
+        fixed += 4 * D * (max(resident, rows) if half else rows)
         fixed += 4 * D * rows if copies else 0
         per_col = rows * bytes_per_logit + 8
         per_col += 4 * D * (int(half and (rows < N or copies)) + int(copies))
@@ -210,7 +221,11 @@ FUSED_DLOGITS: dict[int, tuple[GemmSettings, ...]] = {
 
 
 def of_architecture(table: dict[int, tuple[GemmSettings, ...]], arch: int) -> tuple[GemmSettings, ...]:
-    """The entry of the newest architecture that is not newer than `arch`."""
+    """The entry of the newest architecture that is not newer than `arch`.
+
+    sm_120 has neither sm_100's matrix instruction nor its shared memory: 99 KiB, in which sm_80's settings fit.
+    """
+    arch = 80 if arch >= 120 else arch
     return table[max(capability for capability in table if capability <= arch)]
 
 
@@ -238,11 +253,6 @@ def vocab_splits(N: int, tiles: int, *, block_n: int, sms: int) -> int:
     return min(range(1, max(1, min(tiles // 4, sms)) + 1), key=lambda splits: (tile_times(splits), splits))
 
 
-# What a processor computes while it moves a byte: an H200 multiplies at 790 TFLOP/s and copies at 4.3 TB/s; two CPU
-# cores do about 100 GFLOP/s and 15 GB/s.
-GPU_FLOP_PER_BYTE, CPU_FLOP_PER_BYTE = 184, 7
-
-
 @dataclass(frozen=True, slots=True)
 class OnePass:
     """How a loss and its gradients are computed together."""
@@ -253,13 +263,15 @@ class OnePass:
 
 
 def plan_one_pass(
-    N: int, D: int, V: int, *, workspace: int, bytes_per_logit: int, copies: bool, need_dw: bool, flop_per_byte: int
+    N: int, D: int, V: int, *, workspace: int, bytes_per_logit: int, copies: bool, need_dw: bool, flop_per_byte: int,
+    need_dh: bool = True,
 ) -> OnePass:  # fmt: skip
     """Chunks of tokens × the whole vocabulary within `workspace`, and whether keeping their logits pays.
 
-    Held at the worst moment are rows·V·bytes_per_logit for logits, rows·96 + N·48 for results, and with `copies`
-    (16-bit inputs on a CPU) fp32 copies (rows + cols)·D·4 and an accumulator rows·D·4. The fp32 gradient of the
-    weight, 4·V·D bytes, lives until backward and is not scratch.
+    Held at the worst moment are rows·V·bytes_per_logit for logits, rows·112 + N·48 for results, with `copies` (16-bit
+    inputs on a CPU, or odd strides) fp32 copies (2·rows + cols)·D·4, and without a gradient of the hidden states, whose
+    memory otherwise serves, rows·D·4 for those that count. Gradients, 4·(N + V)·D bytes in fp32 until backward, are no
+    scratch.
 
     Estimated cost, in bytes moved: one pass computes 6·N·D·V FLOP and adds each chunk to the gradient of the weight,
     8·V·D bytes a chunk; two passes compute 8·N·D·V FLOP and finish the gradient slice by slice. So chunks are as
@@ -267,7 +279,8 @@ def plan_one_pass(
     """
     cols = min(V, GOOD_TILE_COLS) if copies else V
     free = workspace - N * 48 - (4 * D * cols if copies else 0)
-    limit = free // (V * bytes_per_logit + 32 * bytes_per_logit + 96 + (8 * D if copies else 0))
+    spare = 8 * D if copies else 4 * D if need_dw and not need_dh else 0
+    limit = free // (V * bytes_per_logit + 32 * bytes_per_logit + 112 + spare)
     if limit < 1:
         return OnePass(rows=0, cols=cols, passes=2)
     rows = _even_share(N, limit, multiple=128)

@@ -11,80 +11,102 @@ import torch
 from torch import Tensor
 
 from . import gemm
-from .calls import HeadArgs, flatten, open_head, strategy_for, working_on
-from .checks import check_number, check_rows
-from .kernels import losses as kernels
-from .kernels.common import IGNORED
-from .onepass import Wanted, loss_and_gradients, register_stored_gradients
+from .calls import HeadCall, head_arguments, open_head, strategy_for, trained, working_on
+from .checks import check_logp, check_no_tangent, check_number, check_rows, real_number
+from .constants import IGNORED
+from .onepass import Gradients, Wanted, loss_and_gradients, of_stored_gradients
+from .operators import Derivative, Results, Saved, own, register
 from .tiles import RowStats
 from .types import PPOLoss, PPOStats
 from .workspace import one_pass_workspace
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PPOOptions:
-    """Numbers of the loss; None leaves a term out."""
+@dataclass(frozen=True, slots=True)
+class GivenPPOCall:
+    """Arguments of `prime_kernels::ppo_clip_loss`: flat, in the log-probs' dtype; None leaves a term out."""
 
+    logp: Tensor
+    entropy: Tensor | None
+    old_logp: Tensor
+    advantages: Tensor
+    token_weight: Tensor
+    ref_logp: Tensor | None
+    importance: Tensor | None
     clip_low: float
     clip_high: float
     dual_clip: float | None
     entropy_coef: float | None
     kl_coef: float
+    use_triton: bool
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PPORows:
-    """Per-token inputs [n] in the log-probs' dtype."""
+@dataclass(frozen=True, slots=True)
+class LinearPPOCall(HeadCall):
+    """Arguments of `prime_kernels::linear_ppo_loss`."""
 
     old_logp: Tensor
     advantages: Tensor
     token_weight: Tensor
     ref_logp: Tensor | None
     importance: Tensor | None
+    clip_low: float
+    clip_high: float
+    dual_clip: float | None
+    entropy_coef: float | None
+    kl_coef: float
+    need_dh: bool
+    need_dw: bool
+    need_dbias: bool
 
-    def __getitem__(self, at: slice) -> "PPORows":
-        ref = None if self.ref_logp is None else self.ref_logp[at]
-        importance = None if self.importance is None else self.importance[at]
-        return PPORows(
-            old_logp=self.old_logp[at], advantages=self.advantages[at], token_weight=self.token_weight[at],
-            ref_logp=ref, importance=importance,
+    def given(self, at: slice, logp: Tensor, entropy: Tensor, token_weight: Tensor, use_triton: bool) -> GivenPPOCall:
+        """The loss of tokens `at` once their log-probs are there."""
+
+        def part(t: Any) -> Any:
+            return None if t is None else t[at]
+
+        return GivenPPOCall(
+            logp, entropy, part(self.old_logp), part(self.advantages), token_weight[at], part(self.ref_logp),
+            part(self.importance), self.clip_low, self.clip_high, self.dual_clip, self.entropy_coef, self.kl_coef,
+            use_triton,
         )  # fmt: skip
 
 
-def _terms(
-    logp: Tensor, entropy: Tensor | None, x: PPORows, o: PPOOptions, use_triton: bool
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+def _terms(x: GivenPPOCall) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """(loss [n], dlogp [n], dentropy [n] | None, partial statistics [P, 6])."""
-    if use_triton:
-        return kernels.ppo(
+    logp, entropy = x.logp, x.entropy
+    if x.use_triton:
+        from .kernels import losses
+
+        return losses.ppo(
             logp, entropy, x.old_logp, x.advantages, x.token_weight, x.ref_logp, x.importance,
-            o.clip_low, o.clip_high, o.dual_clip, o.entropy_coef, o.kl_coef,
+            x.clip_low, x.clip_high, x.dual_clip, x.entropy_coef, x.kl_coef,
         )  # fmt: skip
     # As kernels.losses.ppo_kernel, which has the comments.
     trained = x.token_weight != 0
     log_ratio = logp - x.old_logp
     ratio = log_ratio.exp()
-    free = -x.advantages * ratio
-    bounded = -x.advantages * ratio.clamp(1 - o.clip_low, 1 + o.clip_high)
+    free = (-x.advantages * ratio).masked_fill_(x.advantages == 0, 0)
+    bounded = -x.advantages * ratio.clamp(1 - x.clip_low, 1 + x.clip_high)
     clipped = bounded > free
     s, ds = torch.where(clipped, bounded, free), free.masked_fill(clipped, 0)
-    if o.dual_clip is not None:
-        limit = -x.advantages * o.dual_clip
+    if x.dual_clip is not None:
+        limit = -x.advantages * x.dual_clip
         capped = (x.advantages < 0) & (s > limit)
         s, ds = torch.where(capped, limit, s), ds.masked_fill(capped, 0)
     poison = (x.old_logp + x.advantages + x.token_weight + logp) * 0
     if x.importance is not None:
         poison = poison + x.importance * 0
-        s, ds = s * x.importance, ds * x.importance
+        nothing = x.importance == 0
+        s, ds = (s * x.importance).masked_fill_(nothing, 0), (ds * x.importance).masked_fill_(nothing, 0)
     if x.ref_logp is not None:
         poison = poison + x.ref_logp * 0
         delta = x.ref_logp - logp
-        s, ds = s + o.kl_coef * (delta.expm1() - delta), ds - o.kl_coef * delta.expm1()
+        s, ds = s + x.kl_coef * (delta.expm1() - delta), ds - x.kl_coef * delta.expm1()
     dentropy = None
-    if entropy is not None and o.entropy_coef is not None:
+    if entropy is not None and x.entropy_coef is not None:
         poison = poison + entropy * 0
-        s = s - o.entropy_coef * entropy
-        dentropy = torch.where(trained, poison - o.entropy_coef * x.token_weight, 0)
+        s = s - x.entropy_coef * entropy
+        dentropy = torch.where(trained, poison - x.entropy_coef * x.token_weight, 0)
     loss = torch.where(trained, x.token_weight * s + poison, 0)
     dlogp = torch.where(trained, x.token_weight * ds + poison, 0)
 
@@ -101,128 +123,101 @@ def _terms(
 
 def _stats(partials: list[Tensor], like: Tensor) -> Tensor:
     """(clip_fraction, approx_kl, ratio_mean, ratio_max, entropy_mean) [5] from partial statistics."""
-    parts = torch.cat([*partials, like.new_zeros((1, len(kernels.PPO_STATS)))])
+    parts = torch.cat([*partials, like.new_zeros((1, 6))])
     tokens, clipped, kl, ratio, entropy, _ = parts.sum(0).unbind()
     count = tokens.clamp(min=1)
     return torch.stack((clipped / count, kl / count, ratio / count, parts[:, 5].amax(), entropy / count))
 
 
-@torch.library.custom_op("prime_kernels::ppo_clip_loss", mutates_args=())
-def _ppo_clip_loss(
-    logp: Tensor, entropy: Tensor | None, old_logp: Tensor, advantages: Tensor, token_weight: Tensor,
-    ref_logp: Tensor | None, importance: Tensor | None, clip_low: float, clip_high: float, dual_clip: float | None,
-    entropy_coef: float | None, kl_coef: float, use_triton: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+def _given(call: GivenPPOCall) -> Results:
     """(loss, stats [5], dlogp [n], dentropy [n] or empty) of flat inputs."""
-    rows = PPORows(
-        old_logp=old_logp, advantages=advantages, token_weight=token_weight, ref_logp=ref_logp, importance=importance
-    )
-    options = PPOOptions(
-        clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip, entropy_coef=entropy_coef, kl_coef=kl_coef
-    )
-    with working_on(logp):
-        loss, dlogp, dentropy, partial = _terms(logp, entropy, rows, options, use_triton)
-    return loss.sum(), _stats([partial], logp), dlogp, logp.new_empty(0) if dentropy is None else dentropy
+    with working_on(call.logp):
+        loss, dlogp, dentropy, partial = _terms(call)
+        return (
+            loss.sum(), _stats([partial], call.logp), dlogp, call.logp.new_empty(0) if dentropy is None else dentropy,
+        )  # fmt: skip
 
 
-@_ppo_clip_loss.register_fake
-def _(
-    logp: Tensor, entropy: Tensor | None, old_logp: Tensor, advantages: Tensor, token_weight: Tensor,
-    ref_logp: Tensor | None, importance: Tensor | None, clip_low: float, clip_high: float, dual_clip: float | None,
-    entropy_coef: float | None, kl_coef: float, use_triton: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    with_entropy = entropy is not None and entropy_coef is not None
+def _given_fake(call: GivenPPOCall) -> Results:
+    logp = call.logp
+    with_entropy = call.entropy is not None and call.entropy_coef is not None
     dentropy = logp.new_empty(logp.shape if with_entropy else (0,))
     return logp.new_empty(()), logp.new_empty(5), torch.empty_like(logp), dentropy
 
 
-def _setup_given(ctx: Any, inputs: tuple, output: tuple) -> None:
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*output[2:])
+def _given_gradients(saved: Saved[GivenPPOCall], upstream: Tensor) -> dict[str, Tensor]:
+    dlogp, dentropy = saved.tensors
+    gradients = {"logp": upstream * dlogp}
+    return gradients if saved.options.entropy_coef is None else gradients | {"entropy": upstream * dentropy}
 
 
-def _backward_given(ctx: Any, upstream: Tensor, *_: Any) -> tuple:
-    dlogp, dentropy = ctx.saved_tensors
-    return upstream * dlogp, upstream * dentropy if len(dentropy) else None, *(None,) * 11
+_ppo_clip_loss = register(
+    "ppo_clip_loss", GivenPPOCall, 4, _given, _given_fake,
+    Derivative(results=1, gradients=_given_gradients, keep=lambda _, results: results[2:]),
+)  # fmt: skip
 
 
-_ppo_clip_loss.register_autograd(_backward_given, setup_context=_setup_given)
-
-
-@torch.library.custom_op("prime_kernels::linear_ppo_loss", mutates_args=())
-def _linear_ppo_loss(
-    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, temperature: Tensor | None,
-    softcap: float | None, ignore_index: int, backend: str,
-    old_logp: Tensor, advantages: Tensor, token_weight: Tensor, ref_logp: Tensor | None, importance: Tensor | None,
-    clip_low: float, clip_high: float, dual_clip: float | None, entropy_coef: float | None, kl_coef: float,
-    need_dh: bool, need_dw: bool, need_dbias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(loss, stats [5], logp [N], entropy [N], dhidden, dweight, dbias), empty gradients where not needed."""
-    args = HeadArgs(hidden, weight, targets, bias, temperature, softcap, ignore_index, backend)
-    N, dtype = len(hidden), gemm.stats_dtype(hidden.dtype)
-    token_loss, logp, entropy = (hidden.new_zeros(N, dtype=dtype) for _ in range(3))
+def _linear(call: LinearPPOCall) -> Results:
+    """(loss, stats [5], logp [...], entropy [...], and the fields of `Gradients`)."""
+    dtype = gemm.stats_dtype(call.hidden.dtype)
+    token_loss, logp, entropy = (call.hidden.new_zeros(call.targets.numel(), dtype=dtype) for _ in range(3))
     partials: list[Tensor] = []
-    use_triton = strategy_for(hidden, backend) != "torch"
-    options = PPOOptions(
-        clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip, entropy_coef=entropy_coef, kl_coef=kl_coef
-    )
-    with open_head(args) as (tiles, rows, head):
-        inputs = PPORows(
-            old_logp=old_logp, advantages=advantages, token_weight=token_weight.masked_fill(rows.codes == IGNORED, 0),
-            ref_logp=ref_logp, importance=importance,
-        )  # fmt: skip
+    use_triton = strategy_for(call.hidden, call.backend) != "torch"
+    with open_head(call, entropy=True) as (tiles, rows, head):
+        token_weight = call.token_weight.masked_fill(rows.codes == IGNORED, 0)
 
         def epilogue(at: slice, stats: RowStats) -> tuple[Tensor, Tensor | None]:
+            assert stats.entropy is not None
             logp[at], entropy[at] = stats.logp, stats.entropy
-            token_loss[at], dlogp, dentropy, partial = _terms(
-                stats.logp, stats.entropy, inputs[at], options, use_triton
-            )
+            terms = _terms(call.given(at, stats.logp, stats.entropy, token_weight, use_triton))
+            token_loss[at], dlogp, dentropy, partial = terms
             partials.append(partial)
             return dlogp, dentropy
 
-        wanted = Wanted(hidden=need_dh, weight=need_dw, bias=need_dbias)
-        found = loss_and_gradients(tiles, rows, head, epilogue, wanted, workspace=one_pass_workspace())
-    return token_loss.sum(), _stats(partials, logp), logp, entropy, found.hidden, found.weight, found.bias
+        found = loss_and_gradients(
+            tiles, rows, head, epilogue, Wanted.of(call), workspace=one_pass_workspace()
+        )  # fmt: skip
+        loss, stats = token_loss.sum(), _stats(partials, logp)
+    shape = call.targets.shape
+    return loss, stats, own(logp, shape), own(entropy, shape), *found.shaped(call.hidden)
 
 
-@_linear_ppo_loss.register_fake
-def _(
-    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, temperature: Tensor | None,
-    softcap: float | None, ignore_index: int, backend: str,
-    old_logp: Tensor, advantages: Tensor, token_weight: Tensor, ref_logp: Tensor | None, importance: Tensor | None,
-    clip_low: float, clip_high: float, dual_clip: float | None, entropy_coef: float | None, kl_coef: float,
-    need_dh: bool, need_dw: bool, need_dbias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    N, dtype = len(hidden), gemm.stats_dtype(hidden.dtype)
-    return (
-        hidden.new_empty((), dtype=dtype), hidden.new_empty(5, dtype=dtype),
-        hidden.new_empty(N, dtype=dtype), hidden.new_empty(N, dtype=dtype),
-        hidden.new_empty(hidden.shape if need_dh else (0,)), hidden.new_empty(weight.shape if need_dw else (0,)),
-        hidden.new_empty(len(weight) if need_dbias else 0),
-    )  # fmt: skip
+def _linear_fake(call: LinearPPOCall) -> Results:
+    found = Gradients.empty(call.hidden, call.weight, Wanted.of(call))
+    new, dtype = call.hidden.new_empty, found.unit.dtype
+    shape = call.targets.shape
+    return new((), dtype=dtype), new(5, dtype=dtype), new(shape, dtype=dtype), new(shape, dtype=dtype), *found
 
 
-register_stored_gradients(_linear_ppo_loss, results=4)
+_linear_ppo_loss = register("linear_ppo_loss", LinearPPOCall, 8, _linear, _linear_fake, of_stored_gradients(4))
 
 
 def _checked_options(
     clip_low: float, clip_high: float, dual_clip: float | None, entropy_coef: float, kl_coef: float,
     ref_logp: Tensor | None,
-) -> tuple[float, float, float | None, float | None, float]:  # fmt: skip
+) -> dict[str, Any]:  # fmt: skip
     for name, value in (("clip_low", clip_low), ("clip_high", clip_high), ("kl_coef", kl_coef)):
         check_number(name, value, at_least=0.0)
     check_number("entropy_coef", entropy_coef)
-    if dual_clip is not None and not dual_clip > 1:
-        raise ValueError(f"dual_clip must be > 1 or None, got {dual_clip}")
+    if dual_clip is not None:
+        check_number("dual_clip", dual_clip, kind="a number or None")
+        if not dual_clip > 1:
+            raise ValueError(f"dual_clip must be > 1 or None, got {dual_clip}")
     if kl_coef and ref_logp is None:
         raise ValueError(f"ref_logp must be given where kl_coef is not 0, got None with kl_coef={kl_coef}")
-    return float(clip_low), float(clip_high), dual_clip, float(entropy_coef) or None, float(kl_coef)
+    return {
+        "clip_low": real_number(clip_low), "clip_high": real_number(clip_high),
+        "dual_clip": None if dual_clip is None else real_number(dual_clip),
+        "entropy_coef": real_number(entropy_coef) or None, "kl_coef": real_number(kl_coef),
+    }  # fmt: skip
 
 
-def _flat_rows(like: Tensor, dtype: torch.dtype, **rows: Tensor | None) -> list[Any]:
-    """Per-token inputs, checked, detached, flat and in the log-probs' dtype."""
-    check_rows(like, **rows)
-    return [None if t is None else t.detach().to(dtype).reshape(-1).contiguous() for t in rows.values()]
+def _flat_rows(like: Tensor, dtype: torch.dtype, kl_coef: float, **rows: Tensor | None) -> dict[str, Any]:
+    """Per-token inputs, checked, detached, flat and in the log-probs' dtype; no reference where it has no weight."""
+    check_rows(like, optional=("ref_logp", "importance"), **rows)
+    if not kl_coef:
+        rows["ref_logp"] = None
+    return {name: None if t is None else t.detach().to(dtype).reshape(-1).contiguous() for name, t in rows.items()}
 
 
 def _stats_tuple(stats: Tensor) -> PPOStats:
@@ -245,19 +240,22 @@ def ppo_clip_loss(
     Returns:
         PPOLoss(loss, logp, entropy, stats), logp and entropy as given, detached.
     """
-    dtype = gemm.stats_dtype(logp.dtype)
+    check_logp("logp", logp)
     options = _checked_options(clip_low, clip_high, dual_clip, entropy_coef, kl_coef, ref_logp)
-    if options[3] is not None and entropy is None:
+    if options["entropy_coef"] is not None and entropy is None:
         raise ValueError(f"entropy must be given where entropy_coef is not 0, got None with {entropy_coef}")
+    dtype = gemm.stats_dtype(logp.dtype)
     rows = _flat_rows(
-        logp, dtype, old_logp=old_logp, advantages=advantages, token_weight=token_weight, ref_logp=ref_logp,
+        logp, dtype, kl_coef, old_logp=old_logp, advantages=advantages, token_weight=token_weight, ref_logp=ref_logp,
         importance=importance,
     )  # fmt: skip
-    check_rows(logp, entropy=entropy)
+    check_rows(logp, optional=("entropy",), entropy=entropy)
+    check_no_tangent("ppo_clip_loss", logp=logp, entropy=entropy)
     flat_entropy = None if entropy is None else entropy.to(dtype).reshape(-1).contiguous()
-    use_triton = strategy_for(logp, backend) != "torch"
-    flat = logp.to(dtype).reshape(-1).contiguous()
-    loss, stats, *_ = _ppo_clip_loss(flat, flat_entropy, *rows, *options, use_triton)
+    loss, stats, *_ = _ppo_clip_loss(
+        logp=logp.to(dtype).reshape(-1).contiguous(), entropy=flat_entropy, **rows, **options,
+        use_triton=strategy_for(logp, backend) != "torch",
+    )  # fmt: skip
     return PPOLoss(loss, logp.detach(), None if entropy is None else entropy.detach(), _stats_tuple(stats))
 
 
@@ -292,18 +290,15 @@ def linear_ppo_loss(
     Raises:
         TypeError, ValueError: as `linear_logprob`, and where an argument above is off.
     """
-    args = flatten(
+    head = head_arguments(
         hidden, weight, targets, bias=bias, temperature=temperature, softcap=softcap, ignore_index=ignore_index,
         backend=backend,
     )  # fmt: skip
+    check_no_tangent("linear_ppo_loss", hidden=hidden, weight=weight, bias=bias)
     options = _checked_options(clip_low, clip_high, dual_clip, entropy_coef, kl_coef, ref_logp)
     rows = _flat_rows(
-        targets, gemm.stats_dtype(args.hidden.dtype), old_logp=old_logp, advantages=advantages,
+        targets, gemm.stats_dtype(head["hidden"].dtype), kl_coef, old_logp=old_logp, advantages=advantages,
         token_weight=token_weight, ref_logp=ref_logp, importance=importance,
     )  # fmt: skip
-    needs = [
-        torch.is_grad_enabled() and t is not None and t.requires_grad for t in (args.hidden, args.weight, args.bias)
-    ]
-    loss, stats, logp, entropy, *_ = _linear_ppo_loss(*args, *rows, *options, *needs)
-    shape = targets.shape
-    return PPOLoss(loss, logp.view(shape), entropy.view(shape), _stats_tuple(stats))
+    loss, stats, logp, entropy, *_ = _linear_ppo_loss(**head, **rows, **options, **trained(head))
+    return PPOLoss(loss, logp, entropy, _stats_tuple(stats))

@@ -3,6 +3,7 @@
 r_t = β·(log π_prm(y_t) − log π_ref(y_t)), and the sequence's logit is Σ_t r_t (arXiv 2412.01981, 2502.01456).
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,12 +11,12 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from . import gemm
-from .calls import HeadArgs, flatten, open_head, strategy_for, working_on
-from .checks import check_number, check_rows
-from .kernels import losses as kernels
-from .kernels.common import IGNORED
-from .onepass import Wanted, loss_and_gradients, register_stored_gradients
-from .sequences import boundaries, checked_cu_seqlens, cu_seqlens_of, flat, lengths, token_reward
+from .calls import HeadCall, head_arguments, open_head, strategy_for, trained, working_on
+from .checks import check_logp, check_no_tangent, check_number, check_plain_tensor, check_rows, may_read, real_number
+from .constants import IGNORED
+from .onepass import Gradients, Wanted, loss_and_gradients, of_stored_gradients
+from .operators import Derivative, Results, Saved, register
+from .sequences import Sequences, checked_cu_seqlens, cu_seqlens_of, flat, token_reward
 from .tiles import RowStats
 from .types import PRMLoss
 from .workspace import one_pass_workspace
@@ -23,30 +24,62 @@ from .workspace import one_pass_workspace
 KINDS = ("ce", "dpo")
 
 
+@dataclass(frozen=True, slots=True)
+class GivenPRMCall:
+    """Arguments of `prime_kernels::prm_loss`: packed, in the log-probs' dtype; with group_ids the loss is "dpo"."""
+
+    prm_logp: Tensor  # [T]
+    ref_logp: Tensor
+    mask: Tensor | None
+    cu_seqlens: Tensor  # [S + 1]
+    outcomes: Tensor  # [S]
+    group_ids: Tensor | None
+    beta: float
+    use_triton: bool
+
+
+@dataclass(frozen=True, slots=True)
+class LinearPRMCall(HeadCall):
+    """Arguments of `prime_kernels::linear_prm_loss`."""
+
+    ref_logp: Tensor  # [T]
+    mask: Tensor | None
+    cu_seqlens: Tensor
+    outcomes: Tensor
+    group_ids: Tensor | None
+    beta: float
+    need_dh: bool
+    need_dw: bool
+    need_dbias: bool
+
+
 def _sequence_terms(
-    logp: Tensor, ref: Tensor, mask: Tensor | None, bounds: list[int], outcomes: Tensor, group_ids: Tensor | None,
-    beta: float, sequences: int, use_triton: bool,
+    logp: Tensor, ref: Tensor, mask: Tensor | None, sequences: Sequences, outcomes: Tensor, group_ids: Tensor | None,
+    beta: float, total: int, use_triton: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(reward [T], logits [S], loss [S], dlogp [T]) of whole sequences; dlogp is that of Σ loss/sequences.
+    """(reward [T], logits [S], loss [S], dlogp [T]) of whole sequences; dlogp is that of Σ loss/total.
 
     With group_ids the loss is "dpo", without it "ce".
     """
-    device_bounds = torch.tensor(bounds, dtype=torch.int64).to(logp.device, non_blocking=True)
-    if use_triton and group_ids is None:
-        return kernels.prm(logp, ref, mask, device_bounds, outcomes, beta, sequences)
     if use_triton:
-        reward, logits, _, _ = kernels.prm(logp, ref, mask, device_bounds, None, beta, sequences)
+        from .kernels import losses
+
+        of_ce = outcomes if group_ids is None else None
+        reward, logits, loss, dlogp = losses.prm(logp, ref, mask, sequences.bounds, of_ce, beta, total)
     else:
         reward = token_reward(logp, ref, mask, beta)
-        logits = torch.stack([part.sum() for part in reward.split(lengths(bounds))])
-    if group_ids is None:
-        loss = softplus(-logits.abs()) + logits.clamp(min=0) - logits * outcomes
-        dlogit = logits.sigmoid() - outcomes
-    else:
-        loss, dlogit = _dpo(logits, outcomes, group_ids)
-    scale = dlogit * (beta / sequences)
-    dlogp = scale.repeat_interleave(device_bounds.diff(), output_size=len(logp))
-    return reward, logits, loss, dlogp if mask is None else dlogp * mask
+        logits = sequences.sums(reward)
+    if not use_triton or group_ids is not None:
+        if group_ids is None:
+            loss = softplus(-logits.abs()) + logits.clamp(min=0) - logits * outcomes
+            dlogit = logits.sigmoid() - outcomes
+        else:
+            loss, dlogit = _dpo(logits, outcomes, group_ids)
+        dlogp = (dlogit * (beta / total))[sequences.of_tokens(logp.shape[0])]
+        dlogp = dlogp if mask is None else dlogp * mask
+    if sequences.poison is not None:
+        reward, logits, loss, dlogp = (t + sequences.poison for t in (reward, logits, loss, dlogp))
+    return reward, logits, loss, dlogp
 
 
 def _dpo(logits: Tensor, outcomes: Tensor, group_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -64,110 +97,103 @@ def _dpo(logits: Tensor, outcomes: Tensor, group_ids: Tensor) -> tuple[Tensor, T
     return softplus(-margin), -sign * (-margin).sigmoid()
 
 
-@torch.library.custom_op("prime_kernels::prm_loss", mutates_args=())
-def _prm_loss(
-    prm_logp: Tensor, ref_logp: Tensor, mask: Tensor | None, cu_seqlens: Tensor, outcomes: Tensor,
-    group_ids: Tensor | None, beta: float, use_triton: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+def _check_outcomes(outcomes: Tensor) -> None:
+    if may_read(outcomes) and not ((outcomes >= 0) & (outcomes <= 1)).all():
+        at = int((~((outcomes >= 0) & (outcomes <= 1))).nonzero()[0])
+        raise ValueError(f"outcomes must be in [0, 1], got {float(outcomes[at]):g} of sequence {at}")
+
+
+def _given(call: GivenPRMCall) -> Results:
     """(loss, reward [T], logits [S], dlogp [T]) of packed tokens."""
-    with working_on(prm_logp):
+    _check_outcomes(call.outcomes)
+    with working_on(call.prm_logp):
+        sequences = Sequences.of(call.cu_seqlens, call.prm_logp, read=not call.use_triton)
         reward, logits, loss, dlogp = _sequence_terms(
-            prm_logp, ref_logp, mask, boundaries(cu_seqlens, len(prm_logp)), outcomes, group_ids, beta, len(outcomes),
-            use_triton,
+            call.prm_logp, call.ref_logp, call.mask, sequences, call.outcomes, call.group_ids, call.beta,
+            sequences.count, call.use_triton,
         )  # fmt: skip
-    return loss.mean(), reward, logits, dlogp
+        return loss.mean(), reward, logits, dlogp
 
 
-@_prm_loss.register_fake
-def _(
-    prm_logp: Tensor, ref_logp: Tensor, mask: Tensor | None, cu_seqlens: Tensor, outcomes: Tensor,
-    group_ids: Tensor | None, beta: float, use_triton: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    return prm_logp.new_empty(()), torch.empty_like(prm_logp), torch.empty_like(outcomes), torch.empty_like(prm_logp)
+def _given_fake(call: GivenPRMCall) -> Results:
+    logp = call.prm_logp
+    return logp.new_empty(()), torch.empty_like(logp), torch.empty_like(call.outcomes), torch.empty_like(logp)
 
 
-def _setup_given(ctx: Any, inputs: tuple, output: tuple) -> None:
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(output[3])
+def _given_gradients(saved: Saved[GivenPRMCall], upstream: Tensor) -> dict[str, Tensor]:
+    return {"prm_logp": upstream * saved.tensors[0]}
 
 
-def _backward_given(ctx: Any, upstream: Tensor, *_: Any) -> tuple:
-    return upstream * ctx.saved_tensors[0], *(None,) * 7
+_prm_loss = register(
+    "prm_loss", GivenPRMCall, 4, _given, _given_fake,
+    Derivative(results=1, gradients=_given_gradients, keep=lambda _, results: results[3:]),
+)  # fmt: skip
 
 
-_prm_loss.register_autograd(_backward_given, setup_context=_setup_given)
-
-
-@torch.library.custom_op("prime_kernels::linear_prm_loss", mutates_args=())
-def _linear_prm_loss(
-    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, temperature: Tensor | None,
-    softcap: float | None, ignore_index: int, backend: str,
-    ref_logp: Tensor, mask: Tensor | None, cu_seqlens: Tensor, outcomes: Tensor, group_ids: Tensor | None,
-    beta: float, need_dh: bool, need_dw: bool, need_dbias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(loss, reward [T], logits [S], dhidden, dweight, dbias), empty gradients where not needed."""
-    args = HeadArgs(hidden, weight, targets, bias, temperature, softcap, ignore_index, backend)
-    S, bounds = len(outcomes), boundaries(cu_seqlens, len(hidden))
-    reward = hidden.new_zeros(len(hidden), dtype=ref_logp.dtype)
-    logits, loss = torch.zeros_like(outcomes), torch.zeros_like(outcomes)
-    use_triton = strategy_for(hidden, backend) != "torch"
-    index_of = {start: i for i, start in enumerate(bounds)}
-    with open_head(args) as (tiles, rows, head):
+def _linear(call: LinearPRMCall) -> Results:
+    """(loss, reward [T], logits [S], and the fields of `Gradients`)."""
+    _check_outcomes(call.outcomes)
+    ref_logp, outcomes, group_ids = call.ref_logp, call.outcomes, call.group_ids
+    reward, logits, loss = torch.zeros_like(ref_logp), torch.zeros_like(outcomes), torch.zeros_like(outcomes)
+    use_triton = strategy_for(call.hidden, call.backend) != "torch"
+    with open_head(call, entropy=False) as (tiles, rows, head):
+        # Chunks are cut on the host. Where it may not read the boundaries, a captured graph, all tokens are one.
+        sequences = Sequences.of(call.cu_seqlens, ref_logp, read=True)
+        first_of = {start: s for s, start in enumerate(sequences.host or ())}
         kept = (rows.codes != IGNORED).to(ref_logp.dtype)
-        kept = kept if mask is None else torch.where(rows.codes == IGNORED, 0, mask)
+        kept = kept if call.mask is None else torch.where(rows.codes == IGNORED, 0, call.mask)
 
         def epilogue(at: slice, stats: RowStats) -> tuple[Tensor, None]:
-            first, last = index_of[at.start], index_of[at.stop]
-            here = slice(first, last)
+            here, inside = slice(None), sequences
+            if sequences.host is not None:
+                here = slice(first_of[at.start], first_of[at.stop])
+                inside = sequences[here]
             groups = None if group_ids is None else group_ids[here]
-            inside = [b - at.start for b in bounds[first : last + 1]]
             reward[at], logits[here], loss[here], dlogp = _sequence_terms(
-                stats.logp, ref_logp[at], kept[at], inside, outcomes[here], groups, beta, S, use_triton
-            )
+                stats.logp, ref_logp[at], kept[at], inside, outcomes[here], groups, call.beta, sequences.count,
+                use_triton,
+            )  # fmt: skip
             return dlogp, None
 
-        wanted = Wanted(hidden=need_dh, weight=need_dw, bias=need_dbias)
         found = loss_and_gradients(
-            tiles, rows, head, epilogue, wanted, workspace=one_pass_workspace(), sequences=bounds,
-            together=group_ids is not None,
+            tiles, rows, head, epilogue, Wanted.of(call), workspace=one_pass_workspace(), sequences=sequences.host,
+            together=group_ids is not None or sequences.host is None,
         )  # fmt: skip
-    return loss.mean(), reward, logits, found.hidden, found.weight, found.bias
+        return loss.mean(), reward, logits, *found.shaped(call.hidden)
 
 
-@_linear_prm_loss.register_fake
-def _(
-    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, temperature: Tensor | None,
-    softcap: float | None, ignore_index: int, backend: str,
-    ref_logp: Tensor, mask: Tensor | None, cu_seqlens: Tensor, outcomes: Tensor, group_ids: Tensor | None,
-    beta: float, need_dh: bool, need_dw: bool, need_dbias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    return (
-        ref_logp.new_empty(()), torch.empty_like(ref_logp), torch.empty_like(outcomes),
-        hidden.new_empty(hidden.shape if need_dh else (0,)), hidden.new_empty(weight.shape if need_dw else (0,)),
-        hidden.new_empty(len(weight) if need_dbias else 0),
-    )  # fmt: skip
+def _linear_fake(call: LinearPRMCall) -> Results:
+    found = Gradients.empty(call.hidden, call.weight, Wanted.of(call))
+    ref = call.ref_logp
+    return ref.new_empty(()), torch.empty_like(ref), torch.empty_like(call.outcomes), *found
 
 
-register_stored_gradients(_linear_prm_loss, results=3)
+_linear_prm_loss = register("linear_prm_loss", LinearPRMCall, 7, _linear, _linear_fake, of_stored_gradients(3))
 
 
 def _checked_sequences(
     cu_seqlens: Tensor, outcomes: Tensor, beta: float, kind: str, group_ids: Tensor | None, dtype: torch.dtype,
     device: torch.device,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+) -> dict[str, Any]:  # fmt: skip
+    """What both operators take of sequences, but for their boundaries."""
     check_number("beta", beta, above=0.0)
     if kind not in KINDS:
         raise ValueError(f"kind must be 'ce' or 'dpo', got {kind!r}")
-    S = len(cu_seqlens) - 1
-    if not isinstance(outcomes, Tensor) or outcomes.shape != (S,):
-        found = list(outcomes.shape) if isinstance(outcomes, Tensor) else type(outcomes).__name__
-        raise ValueError(f"outcomes must have shape [{S}], one a sequence, got {found}")
+    S = cu_seqlens.shape[0] - 1
+    check_plain_tensor("outcomes", outcomes, None)
+    if outcomes.shape != (S,):
+        raise ValueError(f"outcomes must have shape [{S}], one a sequence, got {list(outcomes.shape)}")
+    if outcomes.is_complex():
+        raise TypeError(f"outcomes must hold real numbers, got {outcomes.dtype}")
+    found = {"beta": real_number(beta), "outcomes": outcomes.detach().to(device, dtype), "group_ids": None}
     if kind == "ce":
-        return outcomes.detach().to(device, dtype), None
-    if group_ids is None or group_ids.shape != (S,):
-        shape = None if group_ids is None else list(group_ids.shape)
-        raise ValueError(f"group_ids must have shape [{S}] where kind is 'dpo', got {shape}")
-    return outcomes.detach().to(device, dtype), group_ids.to(device)
+        return found
+    if group_ids is None:
+        raise ValueError(f"group_ids must have shape [{S}] where kind is 'dpo', got None")
+    check_plain_tensor("group_ids", group_ids, None)
+    if group_ids.shape != (S,):
+        raise ValueError(f"group_ids must have shape [{S}] where kind is 'dpo', got {list(group_ids.shape)}")
+    return found | {"group_ids": group_ids.to(device)}
 
 
 def prm_loss(
@@ -197,14 +223,16 @@ def prm_loss(
     Raises:
         TypeError, ValueError: an argument is off, beta is not positive, a sequence is empty.
     """
-    cu_seqlens = cu_seqlens_of(prm_logp, cu_seqlens)
-    check_rows(prm_logp, ref_logp=ref_logp, mask=mask)
-    dtype = gemm.stats_dtype(prm_logp.dtype)
-    outcomes, groups = _checked_sequences(cu_seqlens, outcomes, beta, kind, group_ids, dtype, prm_logp.device)
+    check_logp("prm_logp", prm_logp)
     use_triton = strategy_for(prm_logp, backend) != "torch"
+    cu_seqlens = cu_seqlens_of(prm_logp, cu_seqlens, use_triton)
+    check_rows(prm_logp, optional=("mask",), ref_logp=ref_logp, mask=mask)
+    check_no_tangent("prm_loss", prm_logp=prm_logp)
+    dtype = gemm.stats_dtype(prm_logp.dtype)
     loss, reward, logits, _ = _prm_loss(
-        flat(prm_logp, dtype), flat(ref_logp.detach(), dtype), flat(mask, dtype), cu_seqlens, outcomes, groups,
-        float(beta), use_triton,
+        prm_logp=flat(prm_logp, dtype), ref_logp=flat(ref_logp.detach(), dtype), mask=flat(mask, dtype),
+        cu_seqlens=cu_seqlens, use_triton=use_triton,
+        **_checked_sequences(cu_seqlens, outcomes, beta, kind, group_ids, dtype, prm_logp.device),
     )  # fmt: skip
     return PRMLoss(loss, reward.view(prm_logp.shape), logits)
 
@@ -230,20 +258,18 @@ def linear_prm_loss(
 
     Cost and backward as `linear_token_loss`. Raises as `linear_logprob` and `prm_loss`.
     """
-    args = flatten(
+    head = head_arguments(
         hidden, weight, targets, bias=bias, temperature=temperature, softcap=softcap, ignore_index=ignore_index,
         backend=backend,
     )  # fmt: skip
+    check_no_tangent("linear_prm_loss", hidden=hidden, weight=weight, bias=bias)
     if targets.dim() != 1:
         raise ValueError(f"targets must have shape [T], packed, got {list(targets.shape)}")
-    checked_cu_seqlens(cu_seqlens)
-    check_rows(targets, ref_logp=ref_logp, mask=mask)
-    dtype = gemm.stats_dtype(args.hidden.dtype)
-    outcomes, groups = _checked_sequences(cu_seqlens, outcomes, beta, kind, group_ids, dtype, hidden.device)
-    needs = [
-        torch.is_grad_enabled() and t is not None and t.requires_grad for t in (args.hidden, args.weight, args.bias)
-    ]
+    checked_cu_seqlens(cu_seqlens, targets)
+    check_rows(targets, optional=("mask",), ref_logp=ref_logp, mask=mask)
+    dtype = gemm.stats_dtype(head["hidden"].dtype)
     loss, reward, logits, *_ = _linear_prm_loss(
-        *args, flat(ref_logp.detach(), dtype), flat(mask, dtype), cu_seqlens, outcomes, groups, float(beta), *needs
-    )
+        **head, ref_logp=flat(ref_logp.detach(), dtype), mask=flat(mask, dtype), cu_seqlens=cu_seqlens,
+        **_checked_sequences(cu_seqlens, outcomes, beta, kind, group_ids, dtype, hidden.device), **trained(head),
+    )  # fmt: skip
     return PRMLoss(loss, reward, logits)

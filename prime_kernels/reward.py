@@ -1,78 +1,99 @@
 """Implicit process rewards on given log-probs, a token, a step or a sequence at a time."""
 
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from . import gemm
 from .calls import strategy_for, working_on
-from .checks import check_number, check_rows
-from .kernels import losses as kernels
-from .sequences import boundaries, cu_seqlens_of, flat, token_reward
+from .checks import check_logp, check_no_tangent, check_number, check_rows, real_number
+from .operators import Derivative, Saved, register
+from .sequences import Sequences, cu_seqlens_of, flat, token_reward
 
 GRANULARITIES = ("token", "whole", "step")
 
 
-@torch.library.custom_op("prime_kernels::implicit_reward", mutates_args=())
-def _implicit_reward(
-    prm_logp: Tensor, ref_logp: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, step_ends: Tensor | None,
-    beta: float, use_triton: bool,
-) -> Tensor:  # fmt: skip
-    """Rewards [T] summed over steps, or over sequences without step_ends; each token's own without cu_seqlens."""
-    T = len(prm_logp)
-    # Tokens on their own have no boundaries; these share them out to programs.
-    bounds = [*range(0, T, kernels.SEQUENCE_BLOCK), T] if cu_seqlens is None else boundaries(cu_seqlens, T)
-    if use_triton:
-        cuts = torch.tensor(bounds, dtype=torch.int64).to(prm_logp.device, non_blocking=True)
-        with working_on(prm_logp):
-            return kernels.reward(prm_logp, ref_logp, mask, cuts, step_ends, beta, each=cu_seqlens is None)
-    reward = token_reward(prm_logp, ref_logp, mask, beta)
-    if cu_seqlens is None:
-        return reward
-    return torch.zeros_like(reward).index_add_(0, _landing(T, mask, cu_seqlens, step_ends, reward.device), reward)
+@dataclass(frozen=True, slots=True)
+class RewardCall:
+    """Arguments of `prime_kernels::implicit_reward`: packed, in the log-probs' dtype.
+
+    Rewards are summed over steps, or over sequences without step_ends; each token has its own without cu_seqlens.
+    """
+
+    prm_logp: Tensor  # [T]
+    ref_logp: Tensor
+    mask: Tensor | None
+    cu_seqlens: Tensor | None  # [S + 1]
+    step_ends: Tensor | None
+    beta: float
+    use_triton: bool
 
 
-@_implicit_reward.register_fake
-def _(
-    prm_logp: Tensor, ref_logp: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, step_ends: Tensor | None,
-    beta: float, use_triton: bool,
-) -> Tensor:  # fmt: skip
-    return torch.empty_like(prm_logp)
+def _reward(call: RewardCall) -> Tensor:
+    prm_logp, mask = call.prm_logp, call.mask
+    with working_on(prm_logp):
+        sequences = None if call.cu_seqlens is None else Sequences.of(call.cu_seqlens, prm_logp)
+        if call.use_triton:
+            from .kernels import losses
+
+            bounds = _shares(prm_logp, losses.SEQUENCE_BLOCK) if sequences is None else sequences.bounds
+            reward = losses.reward(
+                prm_logp, call.ref_logp, mask, bounds, call.step_ends, call.beta, each=sequences is None
+            )  # fmt: skip
+        else:
+            reward = token_reward(prm_logp, call.ref_logp, mask, call.beta)
+            if sequences is not None:
+                lands = _landing(sequences, mask, call.step_ends, prm_logp.shape[0])
+                reward = torch.zeros_like(reward).index_add_(0, lands, reward)
+        if sequences is not None and sequences.poison is not None:
+            reward = reward + sequences.poison
+    return reward
 
 
-def _landing(
-    T: int, mask: Tensor | None, cu_seqlens: Tensor, step_ends: Tensor | None, device: torch.device
-) -> Tensor:  # fmt: skip
-    """The token onto which each token's reward is summed [T]: the nearest closing token at or after it."""
-    cuts = cu_seqlens.to(device, torch.int64)
-    index = torch.arange(T, device=device)
-    sequence = torch.arange(len(cuts) - 1, device=device).repeat_interleave(cuts.diff(), output_size=T)
+def _shares(tokens: Tensor, size: int) -> Tensor:
+    """Boundaries that share out tokens on their own to programs."""
+    T = tokens.shape[0]
+    return torch.arange(0, T + size, size, device=tokens.device).clamp_(max=T)
+
+
+def _reward_fake(call: RewardCall) -> Tensor:
+    return torch.empty_like(call.prm_logp)
+
+
+def _landing(sequences: Sequences, mask: Tensor | None, step_ends: Tensor | None, T: int) -> Tensor:
+    """The token onto which each of T tokens' reward is summed [T]: the nearest closing token at or after it."""
+    index = torch.arange(T, device=sequences.bounds.device)
+    sequence = sequences.of_tokens(T)
     counted = index if mask is None else torch.where(mask != 0, index, -1)
-    last = index.new_full((len(cuts) - 1,), -1).scatter_reduce(0, sequence, counted, "amax")[sequence]
+    last = index.new_full((sequences.count,), -1).scatter_reduce(0, sequence, counted, "amax")[sequence]
     closes = index == last
     if step_ends is not None:
         closes = closes | step_ends
     lands = torch.where(closes, index, T).flip(0).cummin(0).values.flip(0)
     # Tokens after a sequence's last closing one count for nothing.
-    return torch.where(lands < cuts[1:][sequence], lands, index)
+    return torch.where(lands < sequences.bounds[1:][sequence], lands, index)
 
 
-def _setup_reward(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    _, _, mask, cu_seqlens, step_ends, ctx.beta, _ = inputs
-    ctx.save_for_backward(mask, cu_seqlens, step_ends)
-
-
-def _backward_reward(ctx: Any, upstream: Tensor) -> tuple:
-    mask, cu_seqlens, step_ends = ctx.saved_tensors
+def _reward_gradients(saved: Saved[RewardCall], upstream: Tensor) -> dict[str, Tensor]:
+    mask, cu_seqlens, step_ends = saved.tensors
     if cu_seqlens is not None:
-        upstream = upstream[_landing(len(upstream), mask, cu_seqlens, step_ends, upstream.device)]
-    gradient = ctx.beta * upstream
+        bounds = cu_seqlens.to(upstream.device)
+        T = upstream.shape[0]
+        upstream = upstream[_landing(Sequences(bounds, None, None), mask, step_ends, T)]
+    gradient = saved.options.beta * upstream
     gradient = gradient if mask is None else torch.where(mask == 0, 0, gradient * mask)
-    return gradient, -gradient, *(None,) * 5
+    return {"prm_logp": gradient, "ref_logp": -gradient}
 
 
-_implicit_reward.register_autograd(_backward_reward, setup_context=_setup_reward)
+# The rewards are linear in both log-probs, and the gradient is plain torch: it can be differentiated like any other.
+_implicit_reward = register(
+    "implicit_reward", RewardCall, 1, _reward, _reward_fake,
+    Derivative(
+        results=1, gradients=_reward_gradients, twice=True,
+        keep=lambda call, _: (call.mask, call.cu_seqlens, call.step_ends),
+    ),
+)  # fmt: skip
 
 
 def implicit_reward(
@@ -101,14 +122,16 @@ def implicit_reward(
     check_number("beta", beta, above=0.0)
     if granularity not in GRANULARITIES:
         raise ValueError(f"granularity must be 'token', 'whole' or 'step', got {granularity!r}")
-    check_rows(prm_logp, ref_logp=ref_logp, mask=mask, step_ends=step_ends)
+    check_logp("prm_logp", prm_logp)
+    check_rows(prm_logp, optional=("mask", "step_ends"), ref_logp=ref_logp, mask=mask, step_ends=step_ends)
+    check_no_tangent("implicit_reward", prm_logp=prm_logp, ref_logp=ref_logp)
     if (granularity == "step") != (step_ends is not None):
         raise ValueError(f"step_ends must be given for granularity 'step' and for it alone, got {granularity!r}")
-    dtype = gemm.stats_dtype(prm_logp.dtype)
-    cuts = None if granularity == "token" else cu_seqlens_of(prm_logp, cu_seqlens)
-    ends = None if step_ends is None else step_ends.bool().reshape(-1).contiguous()
-    use_triton = strategy_for(prm_logp, backend) != "torch"
+    dtype, use_triton = gemm.stats_dtype(prm_logp.dtype), strategy_for(prm_logp, backend) != "torch"
     reward = _implicit_reward(
-        flat(prm_logp, dtype), flat(ref_logp, dtype), flat(mask, dtype), cuts, ends, float(beta), use_triton
-    )
+        prm_logp=flat(prm_logp, dtype), ref_logp=flat(ref_logp, dtype), mask=flat(mask, dtype),
+        cu_seqlens=None if granularity == "token" else cu_seqlens_of(prm_logp, cu_seqlens, use_triton),
+        step_ends=None if step_ends is None else step_ends.bool().reshape(-1).contiguous(),
+        beta=real_number(beta), use_triton=use_triton,
+    )  # fmt: skip
     return reward.view(prm_logp.shape)

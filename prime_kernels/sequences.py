@@ -1,21 +1,90 @@
 """Tokens of several sequences: their boundaries, and what is summed over them."""
 
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .checks import check_plain_tensor, may_read
 
-def checked_cu_seqlens(cu_seqlens: Tensor) -> Tensor:
-    """cu_seqlens, refused where its form is off; its numbers are looked at by `boundaries`, inside an operator."""
-    if not isinstance(cu_seqlens, Tensor):
-        raise TypeError(f"cu_seqlens must be a tensor, got {type(cu_seqlens).__name__}")
+
+def checked_cu_seqlens(cu_seqlens: Tensor, tokens: Tensor) -> Tensor:
+    """cu_seqlens, refused where its form is off; its numbers are looked at inside an operator."""
+    check_plain_tensor("cu_seqlens", cu_seqlens, None)
+    if cu_seqlens.device.type != "cpu" and cu_seqlens.device != tokens.device:
+        raise ValueError(f"cu_seqlens must be on the host or on {tokens.device}, got {cu_seqlens.device}")
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}")
-    if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2:
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
         raise ValueError(f"cu_seqlens must have shape [S + 1] with S >= 1, got {list(cu_seqlens.shape)}")
     return cu_seqlens
+
+
+@dataclass(frozen=True, slots=True)
+class Sequences:
+    """Consecutive sequences of tokens."""
+
+    bounds: Tensor  # [S + 1] where the tokens are
+    host: list[int] | None  # the same numbers, where the host knows them
+    poison: Tensor | None  # 0, or NaN where boundaries that the host did not read do not cut the tokens
+
+    @classmethod
+    def of(cls, cu_seqlens: Tensor, tokens: Tensor, *, read: bool = False) -> "Sequences":
+        """The sequences of tokens [T] by boundaries inside an operator.
+
+        Boundaries on the host are checked and copied. On the tokens' device they are used as they are: no copy either
+        way and no wait, unless the host has to `read` them.
+
+        Raises:
+            ValueError: boundaries that were read do not cut the tokens into sequences of at least one, or they are on
+                the host while a CUDA graph is captured.
+        """
+        T = tokens.shape[0]
+        if cu_seqlens.device.type == "cpu":
+            host = boundaries(cu_seqlens, T)
+            return cls(bounds=_moved(cu_seqlens, tokens.device), host=host, poison=None)
+        if (read and not _capturing(tokens.device)) or may_read(cu_seqlens):
+            return cls(bounds=cu_seqlens, host=boundaries(cu_seqlens, T), poison=None)
+        good = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == T) & (cu_seqlens.diff() > 0).all()
+        poison = torch.where(good, 0.0, torch.nan).to(tokens.dtype)
+        # Whatever the numbers are, nothing is read outside the tokens.
+        return cls(bounds=cu_seqlens.clamp(0, T), host=None, poison=poison)
+
+    @property
+    def count(self) -> int:
+        """How many; no `len`, which would make a symbol of a graph that is being traced a number."""
+        return self.bounds.shape[0] - 1
+
+    def __getitem__(self, at: slice) -> "Sequences":
+        """Some of them, their tokens counted from the first's."""
+        assert self.host is not None
+        host = self.host[at.start : at.stop + 1]
+        return Sequences(self.bounds[at.start : at.stop + 1] - host[0], [b - host[0] for b in host], None)
+
+    def of_tokens(self, T: int) -> Tensor:
+        """The sequence to which each of T tokens belongs [T]."""
+        tokens = torch.arange(T, device=self.bounds.device, dtype=self.bounds.dtype)
+        # In the range whatever the boundaries are: an index outside it would end the process.
+        return torch.searchsorted(self.bounds[1:], tokens, right=True).clamp_(max=self.count - 1)
+
+    def sums(self, t: Tensor) -> Tensor:
+        """Σ of t [T] over each sequence [S], the same bits every time."""
+        host = self.bounds.tolist() if self.host is None else self.host
+        return torch.stack([part.sum() for part in t.split(lengths(host))])
+
+
+def _moved(cu_seqlens: Tensor, device: torch.device) -> Tensor:
+    if device.type != "cuda":
+        return cu_seqlens.to(device)
+    if _capturing(device):
+        raise ValueError("cu_seqlens must be on the tokens' device while a CUDA graph is captured, got one on the host")
+    return cu_seqlens.pin_memory().to(device, non_blocking=True)
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def boundaries(cu_seqlens: Tensor, T: int) -> list[int]:
@@ -29,15 +98,18 @@ def boundaries(cu_seqlens: Tensor, T: int) -> list[int]:
     return bounds
 
 
-def cu_seqlens_of(logp: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """Of packed tokens [T] those given; of padded ones [S, L] every row."""
+def cu_seqlens_of(logp: Tensor, cu_seqlens: Tensor | None, use_triton: bool) -> Tensor:
+    """Of packed tokens [T] those given; of padded ones [S, L] every row.
+
+    The latter are made where they are used: kernels read them on the device, plain torch splits tokens on the host.
+    """
     if cu_seqlens is not None:
         if logp.dim() != 1:
             raise ValueError(f"prm_logp must have shape [T] with cu_seqlens, got {list(logp.shape)}")
-        return checked_cu_seqlens(cu_seqlens)
+        return checked_cu_seqlens(cu_seqlens, logp)
     if logp.dim() != 2 or logp.numel() == 0:
         raise ValueError(f"prm_logp must have shape [S, L] without cu_seqlens, got {list(logp.shape)}")
-    return torch.arange(logp.shape[0] + 1) * logp.shape[1]
+    return torch.arange(logp.shape[0] + 1, device=logp.device if use_triton else None) * logp.shape[1]
 
 
 def flat(t: Tensor | None, dtype: torch.dtype) -> Any:

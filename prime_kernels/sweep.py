@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from . import gemm
-from .plan import Tiling, blocks
+from .plan import HALF_DTYPES, Tiling, blocks
 from .tiles import Head, RowGrads, Rows, RowStats, Tiles
 
 # Sums partial results over the ranks that share the vocabulary, in place.
@@ -35,37 +35,36 @@ Gather = Callable[[Tensor], Tensor]
 def sweep_forward(tiles: Tiles, rows: Rows, head: Head, tiling: Tiling, gather: Gather | None = None) -> RowStats:
     """Log-prob, entropy and log-sum-exp of every row [N]."""
     N = len(rows.codes)
-    dtype = gemm.stats_dtype(rows.hidden.dtype)
-    logp, entropy, row_max, logsum = (rows.hidden.new_empty(N, dtype=dtype) for _ in range(4))
-    stats = RowStats(logp=logp, entropy=entropy, max=row_max, logsum=logsum)
+    like = rows.hidden.new_empty(0, dtype=gemm.stats_dtype(rows.hidden.dtype))
+    stats = RowStats.empty(N, like, entropy=tiles.entropy)
     for start, stop in blocks(N, tiling.rows):
         block = rows[start:stop]
         partials = tiles.row_stats(block, head, tiling.cols)
         if gather is not None:
             partials = gather(partials)
-        done = tiles.finish(partials, block.codes)
-        for name in ("logp", "entropy", "max", "logsum"):
-            getattr(stats, name)[start:stop] = getattr(done, name)
+        stats[start:stop] = tiles.finish(partials, block.codes)
         del block  # may be a copy, and the next one comes first
     return stats
 
 
 def sweep_backward(
     tiles: Tiles, rows: Rows, head: Head, grads: RowGrads, tiling: Tiling, *,
-    need_dh: bool, need_dw: bool, need_dbias: bool, reduce_dh: Reduce | None = None,
+    need_dh: bool, need_dw: bool, need_dbias: bool, dtype: torch.dtype, reduce_dh: Reduce | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """Gradients of hidden [N, D], weight [V, D] and bias [V], None where not needed."""
-    hidden, weight = rows.hidden, head.weight
-    N = len(hidden)
-    new = torch.empty_like if N else torch.zeros_like  # without tokens no tile writes the gradients
-    dh = new(hidden, memory_format=torch.contiguous_format) if need_dh else None
-    dw = new(weight, memory_format=torch.contiguous_format) if need_dw else None
-    dbias = new(head.bias) if need_dbias and head.bias is not None else None
-
+    """Gradients of hidden [N, D], weight [V, D] and bias [V] in `dtype`, None where not needed."""
+    (N, D), V = rows.hidden.shape, len(head.weight)
+    new = rows.hidden.new_empty if N else rows.hidden.new_zeros  # without tokens no tile writes the gradients
+    dh = new((N, D), dtype=dtype) if need_dh else None
+    dw = new((V, D), dtype=dtype) if need_dw else None
+    dbias = new(V, dtype=dtype) if need_dbias else None
+    dead = grads.dead if need_dw else None
+    if dead is not None and dh is not None and dh.dtype in HALF_DTYPES and dh.dtype == rows.hidden.dtype:
+        # For the whole sweep, in the memory of dh: what goes there is summed elsewhere, and written at the end.
+        rows, dead = rows.without(dead, room=dh), None
     resident = 0
-    if N and (dw is not None or dbias is not None):
+    if N and (need_dw or need_dbias):
         resident = tiling.resident if dh is not None else 0
-        _slice_major(tiles, rows, head, grads, tiling, dh, dw, dbias, resident, reduce_dh)
+        _slice_major(tiles, rows, dead, head, grads, tiling, dh, dw, dbias, resident, reduce_dh)
     if dh is not None:
         for start, stop in blocks(N - resident, tiling.rows):
             at = slice(resident + start, resident + stop)
@@ -74,10 +73,10 @@ def sweep_backward(
 
 
 def _slice_major(
-    tiles: Tiles, rows: Rows, head: Head, grads: RowGrads, tiling: Tiling,
+    tiles: Tiles, rows: Rows, dead: Tensor | None, head: Head, grads: RowGrads, tiling: Tiling,
     dh: Tensor | None, dw: Tensor | None, dbias: Tensor | None, resident: int, reduce_dh: Reduce | None,
 ) -> None:  # fmt: skip
-    """Write dw and dbias, and dh of the first `resident` tokens."""
+    """Write dw and dbias, and dh of the first `resident` tokens; `dead` tokens are yet to be kept out of dw."""
     N = len(rows.codes)
     row_blocks = blocks(N, tiling.rows)
     dh_acc = _accumulator(dh[:resident]) if dh is not None and resident else None
@@ -91,6 +90,10 @@ def _slice_major(
         dbias_acc = None
         for start, stop in row_blocks:
             block = rows[start:stop]
+            if dead is not None:
+                block = block.without(
+                    dead[start:stop], room=block.hidden if gemm.needs_upcast(rows.hidden) else None
+                )  # fmt: skip
             dz = tiles.dlogits(block, part, grads[start:stop])
             if dbias is not None:
                 total = dz.sum(0, dtype=gemm.stats_dtype(dz.dtype))

@@ -1,19 +1,19 @@
-"""The three ways to work on one tile of logits: plain torch, cuBLAS + row kernels, fused Triton GEMMs.
+"""Work on one tile of logits: what every strategy offers, and plain torch, the first of the three.
 
 A tile is some tokens (`Rows`) against some vocabulary columns (`Head`). Each strategy offers the same steps, and the
-sweeps of `sweep.py` and `onepass.py` are written once on top of them.
+sweeps of `sweep.py` and `onepass.py` are written once on top of them. The two Triton strategies are in
+`triton_tiles.py`.
 """
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from . import gemm
-from .kernels import common, fused
-from .kernels import rows as row_kernels
-from .plan import Strategy, blocks
+from . import constants, gemm
+from .plan import blocks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +27,16 @@ class Rows:
     def __getitem__(self, at: slice) -> "Rows":
         temperature = None if self.temperature is None else self.temperature[at]
         return Rows(hidden=gemm.operand(self.hidden[at]), codes=self.codes[at], temperature=temperature)
+
+    def without(self, dead: Tensor, room: Tensor | None = None) -> "Rows":
+        """These tokens, the hidden states of dead ones 0: in dW = dZᵀ·X their dZ is 0, but 0·NaN would be NaN.
+
+        The copy lies in `room` where that is given, which may be the states' own memory where they are a copy already.
+        """
+        room = torch.empty_like(self.hidden) if room is None else room
+        if room is not self.hidden:
+            room.copy_(self.hidden)
+        return replace(self, hidden=room.masked_fill_(dead[:, None], 0))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,17 +58,32 @@ class RowStats:
     """Of each row [n]: results, and the log-sum-exp in two parts so that neither is rounded to the other's size."""
 
     logp: Tensor
-    entropy: Tensor
+    entropy: Tensor | None  # None where it was not asked for
     max: Tensor
     logsum: Tensor  # logsumexp − max
 
+    @classmethod
+    def empty(cls, n: int, like: Tensor, *, entropy: bool) -> "RowStats":
+        """Room for n rows, in the dtype of `like`."""
+        new = partial(like.new_empty, n)
+        return cls(logp=new(), entropy=new() if entropy else None, max=new(), logsum=new())
+
     def __getitem__(self, at: slice) -> "RowStats":
-        return RowStats(logp=self.logp[at], entropy=self.entropy[at], max=self.max[at], logsum=self.logsum[at])
+        entropy = None if self.entropy is None else self.entropy[at]
+        return RowStats(logp=self.logp[at], entropy=entropy, max=self.max[at], logsum=self.logsum[at])
+
+    def __setitem__(self, at: slice, rows: "RowStats") -> None:
+        self.logp[at], self.max[at], self.logsum[at] = rows.logp, rows.max, rows.logsum
+        if self.entropy is not None and rows.entropy is not None:
+            self.entropy[at] = rows.entropy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowGrads:
-    """Of each row [n]: its statistics and the loss's derivatives with respect to its results."""
+    """Of each row [n]: its statistics and the loss's derivatives with respect to its results.
+
+    A row whose derivatives are all 0 is dead: its gradient is exactly 0, whatever its hidden state holds.
+    """
 
     stats: RowStats
     dlogp: Tensor
@@ -66,13 +91,19 @@ class RowGrads:
     others: Tensor  # 1 − p_target
 
     @classmethod
-    def of(cls, stats: RowStats, dlogp: Tensor, dentropy: Tensor | None) -> "RowGrads":
+    def of(cls, codes: Tensor, stats: RowStats, dlogp: Tensor, dentropy: Tensor | None) -> "RowGrads":
+        ignored = codes == constants.IGNORED
         return cls(
             stats=stats,
-            dlogp=dlogp.contiguous(),
-            dentropy=None if dentropy is None else dentropy.contiguous(),
+            dlogp=dlogp.masked_fill(ignored, 0).contiguous(),
+            dentropy=None if dentropy is None else dentropy.masked_fill(ignored, 0).contiguous(),
             others=torch.expm1(stats.logp).neg_(),
         )
+
+    @property
+    def dead(self) -> Tensor:
+        """[n] bool."""
+        return self.dlogp == 0 if self.dentropy is None else (self.dlogp == 0) & (self.dentropy == 0)
 
     def __getitem__(self, at: slice) -> "RowGrads":
         dentropy = None if self.dentropy is None else self.dentropy[at]
@@ -83,6 +114,7 @@ class Tiles(ABC):
     """The steps on one tile; each strategy implements them."""
 
     bytes_per_logit: int  # scratch memory a logit of a tile, at the most
+    entropy: bool  # whether statistics are for the entropy, too
 
     @abstractmethod
     def row_stats(self, rows: Rows, head: Head, col_step: int) -> Tensor:
@@ -92,15 +124,16 @@ class Tiles(ABC):
     def dlogits(self, rows: Rows, head: Head, grads: RowGrads) -> Tensor:
         """Gradient [n, s] of the tile's products, in the dtype products take."""
 
+    @abstractmethod
     def finish(self, partials: Tensor, codes: Tensor) -> RowStats:
         """Results of each row from its partial statistics."""
-        logp, entropy, row_max, logsum = (partials.new_empty(len(codes)) for _ in range(4))
-        row_kernels.finish(partials, codes, logp, entropy, row_max, logsum)
-        return RowStats(logp=logp, entropy=entropy, max=row_max, logsum=logsum)
 
 
 class LogitTiles(Tiles):
     """Tiles whose logits are in memory: products, then statistics of them, then their gradient in their place."""
+
+    def reserve(self, n: int, s: int, like: Tensor) -> None:
+        """Make room for tiles of up to [n, s] logits at once, where tiles share their memory."""
 
     def products(self, rows: Rows, head: Head, col_step: int) -> Tensor:
         """hidden·weightᵀ [n, s] in fp32 (fp64), computed `col_step` columns at a time."""
@@ -139,7 +172,7 @@ class LogitTiles(Tiles):
 def empty_state(n: int, like: Tensor) -> Tensor:
     """Running statistics of no columns [1, 4, n]: (max, sum, moment, target)."""
     state = like.new_zeros((1, 4, n), dtype=gemm.stats_dtype(like.dtype))
-    state[:, 0].fill_(common.FLOOR)
+    state[:, 0].fill_(constants.FLOOR)
     return state
 
 
@@ -155,7 +188,8 @@ def merge_partials(partials: Tensor) -> Tensor:
 class TorchTiles(LogitTiles):
     """Plain torch on any device and in fp64 too; every temporary of tile size is reused in place."""
 
-    def __init__(self, hidden: Tensor) -> None:
+    def __init__(self, hidden: Tensor, entropy: bool) -> None:
+        self.entropy = entropy
         self.dtype = gemm.stats_dtype(hidden.dtype)
         info = torch.finfo(self.dtype)
         self.exp_floor = 2 * torch.log(torch.tensor(info.tiny, dtype=torch.float64)).item()  # e^exp_floor is 0
@@ -183,10 +217,10 @@ class TorchTiles(LogitTiles):
         target = z.gather(1, column).squeeze(1).masked_fill_(~owned, 0)
         # The target leaves the row: its logit becomes −inf, its exponential 0.
         z.scatter_(1, column, torch.where(owned, -torch.inf, z.gather(1, column).squeeze(1))[:, None])
-        m = z.amax(1).clamp_(min=common.FLOOR)
+        m = z.amax(1).clamp_(min=constants.FLOOR)
         e = z.sub_(m[:, None]).exp()
         s = e.sum(1)
-        u = e.mul_(z.clamp_(min=self.exp_floor)).sum(1)
+        u = e.mul_(z.clamp_(min=self.exp_floor)).sum(1) if self.entropy else torch.zeros_like(s)
         return merge_partials(torch.cat((state, torch.stack((m, s, u, target))[None])))
 
     def finish(self, partials: Tensor, codes: Tensor) -> RowStats:
@@ -197,16 +231,19 @@ class TorchTiles(LogitTiles):
         e_target = (target - top).exp()
         logsum = torch.where(target >= m, others.log1p(), (others + e_target).log())
         logp = (target - top) - logsum
-        entropy = logsum - (shift.exp() * (u + s * shift) + e_target * (target - top)) / (others + e_target)
-        ignored, invalid = codes == common.IGNORED, codes == common.INVALID
-        for result in (logp, entropy, logsum):
-            result.masked_fill_(invalid, torch.nan)
-        return RowStats(
-            logp=logp.masked_fill_(ignored, 0), entropy=entropy.masked_fill_(ignored, 0), max=top, logsum=logsum
-        )
+        ignored, invalid = codes == constants.IGNORED, codes == constants.INVALID
+        entropy = None
+        if self.entropy:
+            # A bias of −inf may ban the target, and 0·−inf is not 0.
+            of_target = e_target * (target - top).clamp(min=self.exp_floor)
+            entropy = logsum - (shift.exp() * (u + s * shift) + of_target) / (others + e_target)
+            entropy.masked_fill_(invalid, torch.nan).masked_fill_(ignored, 0)
+        logsum.masked_fill_(invalid, torch.nan)
+        logp = logp.masked_fill_(invalid, torch.nan).masked_fill_(ignored, 0)
+        return RowStats(logp=logp, entropy=entropy, max=top, logsum=logsum)
 
     def gradient(self, x: Tensor, rows: Rows, head: Head, grads: RowGrads) -> Tensor:
-        # See kernels.common.logit_gradient for the formulas.
+        # See kernels.constants.logit_gradient for the formulas.
         z, tanh = self._logits(x, rows, head)
         stats, (column, owned) = grads.stats, _target_columns(rows.codes, head)
         logp = z.sub_(stats.max[:, None]).sub_(stats.logsum[:, None])
@@ -217,6 +254,7 @@ class TorchTiles(LogitTiles):
             p *= -grads.dlogp[:, None]
             z = p
         else:
+            assert stats.entropy is not None
             at_target -= grads.dentropy * target_logp.exp() * (target_logp.clamp(min=self.exp_floor) + stats.entropy)
             z = logp.clamp_(min=self.exp_floor).add_(stats.entropy[:, None]).mul_(grads.dentropy[:, None])
             z = z.add_(grads.dlogp[:, None]).mul_(p).neg_()
@@ -225,8 +263,7 @@ class TorchTiles(LogitTiles):
             z *= tanh.square_().neg_().add_(1)
         if rows.temperature is not None:
             z /= _positive(rows.temperature)[:, None]
-        z.masked_fill_((rows.codes == common.IGNORED)[:, None], 0)
-        return z.to(rows.hidden.dtype)
+        return z.masked_fill_(grads.dead[:, None], 0).to(rows.hidden.dtype)
 
 
 def _positive(temperature: Tensor) -> Tensor:
@@ -238,76 +275,3 @@ def _target_columns(codes: Tensor, head: Head) -> tuple[Tensor, Tensor]:
     column = codes - head.start
     owned = (column >= 0) & (column < len(head.weight))
     return torch.where(owned, column, 0)[:, None], owned
-
-
-class ChunkedTiles(LogitTiles):
-    """cuBLAS writes a tile's logits in fp32, one row kernel reads each of them once."""
-
-    def __init__(self, hidden: Tensor) -> None:
-        self.dtype = gemm.operand(hidden[:0]).dtype
-        self.bytes_per_logit = 4
-        self.scratch = hidden.new_empty(0, dtype=torch.float32)
-
-    def empty_tile(self, n: int, s: int, like: Tensor) -> Tensor:
-        # Every tile takes the same memory; the first is the largest. Rows start at multiples of 32 bytes.
-        stride = -(-s // 8) * 8
-        if len(self.scratch) < n * stride:
-            self.scratch = torch.empty(n * stride, dtype=torch.float32, device=like.device)
-        return self.scratch[: n * stride].view(n, stride)[:, :s]
-
-    def fold(self, x: Tensor, rows: Rows, head: Head, state: Tensor) -> Tensor:
-        row_kernels.row_stats(x, head.bias, rows.codes, rows.temperature, state[0], head.start, head.softcap)
-        return state
-
-    def gradient(self, x: Tensor, rows: Rows, head: Head, grads: RowGrads) -> Tensor:
-        n, s = x.shape
-        dx = self.scratch[: n * x.stride(0)].view(self.dtype).view(n, -1)[:, :s]
-        stats = grads.stats
-        row_kernels.row_dlogits(
-            x, head.bias, rows.codes, rows.temperature, stats.max, stats.logsum, stats.entropy,
-            grads.dlogp, grads.others, grads.dentropy, dx, head.start, head.softcap,
-        )  # fmt: skip
-        return dx
-
-
-class FusedTiles(Tiles):
-    """Triton GEMMs whose epilogue consumes the logits: nothing of vocabulary size in the forward."""
-
-    def __init__(self, hidden: Tensor) -> None:
-        self.bytes_per_logit = gemm.operand(hidden[:0]).dtype.itemsize
-        if hidden.is_cuda:
-            self.arch = device_arch(hidden.device)
-            self.sms = torch.cuda.get_device_properties(hidden.device).multi_processor_count
-        else:
-            self.arch, self.sms = 0, 4
-
-    def row_stats(self, rows: Rows, head: Head, col_step: int) -> Tensor:
-        return fused.fused_stats(
-            rows.hidden, head.weight, head.bias, rows.codes, rows.temperature, head.softcap, self.arch, self.sms
-        )
-
-    def dlogits(self, rows: Rows, head: Head, grads: RowGrads) -> Tensor:
-        dx = rows.hidden.new_empty((len(rows.hidden), len(head.weight)))
-        stats = grads.stats
-        fused.fused_dlogits(
-            rows.hidden, head.weight, head.bias, rows.codes, rows.temperature, stats.max, stats.logsum, stats.entropy,
-            grads.dlogp, grads.others, grads.dentropy, dx, head.start, head.softcap, self.arch, self.sms,
-        )  # fmt: skip
-        return dx
-
-
-def device_arch(device: torch.device) -> int:
-    """Compute capability as one number (90 for sm_90); 0 for a CPU."""
-    if device.type != "cuda":
-        return 0
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
-
-
-def make_tiles(strategy: Strategy, hidden: Tensor) -> Tiles:
-    """The tile operations of `strategy` for hidden states like `hidden`."""
-    if strategy == "torch":
-        return TorchTiles(hidden)
-    if strategy == "chunked":
-        return ChunkedTiles(hidden)
-    return FusedTiles(hidden)

@@ -1,16 +1,19 @@
 """One pass for any loss that is a sum over tokens: the caller's function sees [n] numbers, never logits."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import gemm
-from .calls import HeadArgs, flatten, open_head
-from .kernels.common import IGNORED
-from .onepass import Wanted, loss_and_gradients, stored_gradients
+from .calls import HeadCall, head_arguments, open_head
+from .checks import check_no_tangent
+from .constants import IGNORED
+from .onepass import Gradients, Wanted, give_away, loss_and_gradients, stored
+from .operators import anchor, first_order, is_shape_only, own
 from .tiles import RowStats
 from .types import TokenLoss
 from .workspace import one_pass_workspace
@@ -18,6 +21,7 @@ from .workspace import one_pass_workspace
 LossFn = Callable[..., Tensor]
 
 
+@torch.compiler.disable(reason="loss_fn is called on the numbers of a chunk, which a graph being traced has not")
 def linear_token_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -58,11 +62,11 @@ def linear_token_loss(
         TypeError, ValueError: as `linear_logprob`; also where an input's shape is off, or loss_fn returns anything
             but one number a token.
     """
-    args = flatten(
+    head = head_arguments(
         hidden, weight, targets, bias=bias, temperature=temperature, softcap=softcap, ignore_index=ignore_index,
         backend=backend,
     )  # fmt: skip
-    flat_inputs = []
+    check_no_tangent("linear_token_loss", hidden=hidden, weight=weight, bias=bias)
     for i, t in enumerate(inputs):
         if not isinstance(t, Tensor):
             raise TypeError(f"inputs[{i}] must be a tensor, got {type(t).__name__}")
@@ -71,53 +75,80 @@ def linear_token_loss(
                 f"inputs[{i}] must have the targets' shape {list(targets.shape)} on {hidden.device}, "
                 f"got {list(t.shape)} on {t.device}"
             )
-        flat_inputs.append(t.detach().reshape(-1))
-    loss, logp, row_entropy = _TokenLoss.apply(args.hidden, args.weight, args.bias, args, loss_fn, flat_inputs, entropy)
-    shape = targets.shape
-    return TokenLoss(loss, logp.view(shape), row_entropy.view(shape) if entropy else None)
+    flat_inputs = [t.detach().reshape(-1) for t in inputs]
+    call = HeadCall(**head)
+    loss, logp, row_entropy = _TokenLoss.apply(call.hidden, call.weight, call.bias, call, loss_fn, flat_inputs, entropy)
+    return TokenLoss(loss, logp, row_entropy if entropy else None)
 
 
 class _TokenLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, args: HeadArgs, loss_fn: LossFn,
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: HeadCall, loss_fn: LossFn,
         inputs: list[Tensor], entropy: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        N, dtype = len(hidden), gemm.stats_dtype(hidden.dtype)
-        token_loss, logp, row_entropy = (hidden.new_zeros(N, dtype=dtype) for _ in range(3))
-        wanted = Wanted(
-            hidden=ctx.needs_input_grad[0], weight=ctx.needs_input_grad[1], bias=ctx.needs_input_grad[2]
+        need = ctx.needs_input_grad
+        wanted = Wanted(hidden=need[0], weight=need[1], bias=need[2])
+        call = replace(
+            call, hidden=hidden.detach(), weight=weight.detach(), bias=None if bias is None else bias.detach()
         )  # fmt: skip
-        args = args._replace(
-            hidden=hidden.detach(), weight=weight.detach(), bias=None if bias is None else bias.detach()
-        )
-        with open_head(args) as (tiles, rows, head):
-
-            def epilogue(at: slice, stats: RowStats) -> tuple[Tensor, Tensor | None]:
-                valid = rows.codes[at] != IGNORED
-                logp[at], row_entropy[at] = stats.logp, stats.entropy
-                loss, dlogp, dentropy = _differentiate(
-                    loss_fn, stats.logp, stats.entropy if entropy else None, [t[at] for t in inputs], bool(wanted)
-                )
-                token_loss[at] = torch.where(valid, loss, 0)
-                return dlogp, dentropy
-
-            found = loss_and_gradients(tiles, rows, head, epilogue, wanted, workspace=one_pass_workspace())
+        run = _shapes if is_shape_only(hidden, weight) else _numbers
+        loss, logp, row_entropy, found = run(call, loss_fn, inputs, entropy, wanted)
         ctx.mark_non_differentiable(logp, row_entropy)
-        ctx.spent = False
-        ctx.save_for_backward(found.hidden, found.weight, found.bias)
-        return token_loss.sum(), logp, row_entropy
+        ctx.set_materialize_grads(False)
+        ctx.state, ctx.dtype, ctx.anchor = {}, hidden.dtype, anchor((hidden, weight, bias))
+        ctx.save_for_backward(*found)
+        return loss, logp, row_entropy
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = stored_gradients(ctx, upstream)
+    def backward(ctx: Any, upstream: Tensor | None, *_: Tensor) -> tuple[Tensor | None, ...]:
+        if upstream is None:
+            return (None,) * 7
+        with torch.no_grad():
+            give_away(ctx.state)
+            gradients = stored(ctx.saved_tensors, upstream, ctx.dtype)
+        gradients = first_order("linear_token_loss", ctx.anchor, (upstream,), gradients)
         needed = zip(gradients, ctx.needs_input_grad, strict=False)
         return (*(t if need else None for t, need in needed), None, None, None, None)
 
 
+def _numbers(
+    call: HeadCall, loss_fn: LossFn, inputs: list[Tensor], entropy: bool, wanted: Wanted
+) -> tuple[Tensor, Tensor, Tensor, Gradients]:
+    """Loss, log-probs [...] and entropies [...] (of no tokens where not asked for), and the gradients."""
+    N, dtype = call.targets.numel(), gemm.stats_dtype(call.hidden.dtype)
+    token_loss, logp = (call.hidden.new_zeros(N, dtype=dtype) for _ in range(2))
+    row_entropy = logp.new_zeros(N if entropy else 0)
+    with open_head(call, entropy=entropy) as (tiles, rows, head):
+
+        def epilogue(at: slice, stats: RowStats) -> tuple[Tensor, Tensor | None]:
+            logp[at] = stats.logp
+            if stats.entropy is not None:
+                row_entropy[at] = stats.entropy
+            loss, dlogp, dentropy = _differentiate(
+                loss_fn, stats.logp, stats.entropy, [t[at] for t in inputs], bool(wanted), first=at.start == 0
+            )
+            token_loss[at] = torch.where(rows.codes[at] != IGNORED, loss, 0)
+            return dlogp, dentropy
+
+        found = loss_and_gradients(tiles, rows, head, epilogue, wanted, workspace=one_pass_workspace())
+        loss = token_loss.sum()
+    shape = call.targets.shape
+    return loss, own(logp, shape), own(row_entropy, shape) if entropy else row_entropy, found.shaped(call.hidden)
+
+
+def _shapes(
+    call: HeadCall, loss_fn: LossFn, inputs: list[Tensor], entropy: bool, wanted: Wanted
+) -> tuple[Tensor, Tensor, Tensor, Gradients]:
+    """What `_numbers` returns, of tensors without numbers."""
+    found = Gradients.empty(call.hidden, call.weight, wanted)
+    new = partial(call.hidden.new_empty, dtype=found.unit.dtype)
+    shape = call.targets.shape
+    return new(()), new(shape), new(shape if entropy else (0,)), found
+
+
 def _differentiate(
-    loss_fn: LossFn, logp: Tensor, entropy: Tensor | None, inputs: list[Tensor], wanted: bool
+    loss_fn: LossFn, logp: Tensor, entropy: Tensor | None, inputs: list[Tensor], wanted: bool, *, first: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """loss_fn's values [n] and its derivatives with respect to logp and entropy."""
     leaves = [logp.detach().requires_grad_(wanted)]
@@ -130,7 +161,26 @@ def _differentiate(
         raise ValueError(f"loss_fn must return a loss for each of {len(logp)} tokens, got {found}")
     dlogp, dentropy = torch.zeros_like(logp), None
     if wanted and loss.requires_grad:
+        if first:
+            _refuse_closures(loss, leaves)
         found_grads = torch.autograd.grad(loss, leaves, torch.ones_like(loss), allow_unused=True)
         dlogp = dlogp if found_grads[0] is None else found_grads[0]
         dentropy = found_grads[1] if entropy is not None else None
     return loss.detach(), dlogp, dentropy
+
+
+def _refuse_closures(loss: Tensor, leaves: list[Tensor]) -> None:
+    """Refuse a loss_fn that closes over what requires a gradient: it would get none."""
+    seen, left = set(), [loss.grad_fn]
+    while left:
+        node = left.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if isinstance(leaf, Tensor) and not any(leaf is ours for ours in leaves):
+            raise ValueError(
+                f"loss_fn must not use tensors that require a gradient but logp and entropy, got one of shape "
+                f"{list(leaf.shape)}: it would get none; detach it, or make the loss of linear_logprob's results"
+            )
+        left += [parent for parent, _ in node.next_functions]

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .kernels.common import IGNORED, INVALID
+from .constants import IGNORED, INVALID
 from .tiles import merge_partials
 
 
@@ -43,9 +43,11 @@ def sum_over_ranks(t: Tensor, group_name: str) -> None:
 
 def group_name(group: dist.ProcessGroup | None) -> str:
     """The name under which `group` can be found again; "" for none or for a group of one."""
-    if group is None or group.size() == 1:
+    if group is None:
         return ""
-    return group.group_name
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"vocab_group must be a ProcessGroup or None, got {type(group).__name__}")
+    return "" if group.size() == 1 else group.group_name
 
 
 def _group(name: Any) -> dist.ProcessGroup:

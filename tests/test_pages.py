@@ -14,7 +14,8 @@ from importlib.util import find_spec
 import pytest
 from transformers import Qwen2Config
 
-from prime_kernels.plan import GPU_FLOP_PER_BYTE, plan_one_pass
+from prime_kernels.devices import GPU_FLOP_PER_BYTE
+from prime_kernels.plan import plan_one_pass
 from prime_train import cli
 from prime_train.cli import USAGE
 from prime_train.config.keys import Config

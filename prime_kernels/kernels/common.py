@@ -5,25 +5,16 @@ that leads by more than 16 nats is −log1p(Σ_others), which `target − logsum
 
     max     m = max_{v≠t} z_v
     sum     s = Σ_{v≠t} e^{z_v − m}
-    moment  u = Σ_{v≠t} e^{z_v − m}·(z_v − m)        for the entropy
+    moment  u = Σ_{v≠t} e^{z_v − m}·(z_v − m)        for the entropy; None where nobody asked for it
     target  z_t, or 0 where the target is not among the columns seen
 
 Partial statistics of disjoint columns merge exactly in any grouping; target parts add up.
 """
 
-import os
-
 import triton
 import triton.language as tl
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
-
-# Stands for the maximum of no logits. Finite, so that no difference of maxima is −inf − −inf.
-FLOOR = -1e38
-# Codes of targets that are no column: an ignored token (log-prob 0), a target outside the vocabulary (NaN).
-IGNORED, INVALID = -(1 << 62), -(1 << 62) + 1
-# Floor of z − max where it multiplies e^{z − max}: e^{−200} is 0 in fp32, and 0·−200 is 0 where 0·−inf is NaN.
-EXP_FLOOR = -200.0
+from ..constants import EXP_FLOOR, FLOOR, IGNORED
 
 _FLOOR = tl.constexpr(FLOOR)
 _IGNORED = tl.constexpr(IGNORED)
@@ -79,19 +70,21 @@ def merge(m_a, s_a, u_a, m_b, s_b, u_b):
     m = tl.maximum(m_a, m_b)
     a = tl.exp(m_a - m)
     b = tl.exp(m_b - m)
-    u = a * (u_a + s_a * (m_a - m)) + b * (u_b + s_b * (m_b - m))
-    return m, a * s_a + b * s_b, u
+    if u_a is not None:
+        u_a = a * (u_a + s_a * (m_a - m)) + b * (u_b + s_b * (m_b - m))
+    return m, a * s_a + b * s_b, u_a
 
 
 @triton.jit
 def logit_gradient(
-    x, bias, scale, softcap, is_target, is_ignored, m, logsum, entropy, dlogp, others, dentropy
+    x, bias, scale, softcap, is_target, m, logsum, entropy, dlogp, others, dentropy
 ):  # fmt: skip
     """∂L/∂x for raw products x, from ∂L/∂log p (dlogp) and ∂L/∂H (dentropy, or None), through `head_logit`:
 
         p_v = e^{(z_v − m) − logsum},  ∂log p_t/∂z_v = [v = t] − p_v,  ∂H/∂z_v = −p_v·(log p_v + H)
 
-    The target's 1 − p_t comes in as `others` = Σ_{v≠t} p_v, which does not cancel. An ignored row is exactly 0.
+    The target's 1 − p_t comes in as `others` = Σ_{v≠t} p_v, which does not cancel. A row whose derivatives are 0, such
+    as an ignored one, is exactly 0, whatever else it holds.
     """
     if bias is not None:
         x = x + bias
@@ -110,4 +103,7 @@ def logit_gradient(
         d *= slope
     if scale is not None:
         d *= scale
-    return tl.where(is_ignored, 0.0, d)
+    dead = dlogp == 0.0
+    if dentropy is not None:
+        dead = dead & (dentropy == 0.0)
+    return tl.where(dead, 0.0, d)

@@ -10,7 +10,8 @@ The last, ragged tile of the vocabulary is a launch of its own (RAGGED), so that
 epilogue is lean enough for a 128×256 tile to live in registers on sm_90 (no spill), where its cost is one exp, one
 compare and a handful of adds a logit, against D multiply-adds.
 
-With TMA, operands come through tensor descriptors made on the host (16-byte aligned rows); otherwise through pointers.
+Operands have contiguous rows that start at multiples of 16 bytes: they come through tensor descriptors made on the host
+where the settings say TMA, otherwise through pointers and asynchronous copies.
 """
 
 import torch
@@ -19,24 +20,16 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..constants import INTERPRETED
 from ..plan import GemmSettings, dlogits_settings, stats_settings, vocab_splits
-from .common import (
-    _EXP_FLOOR,
-    _FLOOR,
-    _IGNORED,
-    INTERPRETED,
-    head_logit,
-    inverse_temperature,
-    logit_gradient,
-    merge,
-)
+from .common import _EXP_FLOOR, _FLOOR, _IGNORED, head_logit, inverse_temperature, logit_gradient, merge
 
 GROUP_ROWS = 16  # blocks of tokens that share a tile of W before the next tile is taken
 
 
 @triton.jit
 def tile_logits(
-    h, w, row0, col0, N, V, D, stride_hn, stride_hd, stride_wv, stride_wd,
+    h, w, row0, col0, N, V, D, stride_hn, stride_wv,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, TMA: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """h[row0:, :]·w[col0:, :]ᵀ for one tile, accumulated in fp32. Rows and columns outside read as any other's."""
@@ -52,8 +45,8 @@ def tile_logits(
             b = w.load([col0, k]).T
         else:
             offs_d = k + tl.arange(0, BLOCK_D)
-            a = tl.load(h_rows + offs_d[None, :] * stride_hd, mask=offs_d[None, :] < D, other=0.0)
-            b = tl.load(w_rows + offs_d[:, None] * stride_wd, mask=offs_d[:, None] < D, other=0.0)
+            a = tl.load(h_rows + offs_d[None, :], mask=offs_d[None, :] < D, other=0.0)
+            b = tl.load(w_rows + offs_d[:, None], mask=offs_d[:, None] < D, other=0.0)
         if UPCAST:  # the interpreter has no 16-bit products
             a = a.to(tl.float32)
             b = b.to(tl.float32)
@@ -64,8 +57,8 @@ def tile_logits(
 @triton.jit
 def fused_stats_kernel(
     h, w, bias_ptr, code_ptr, temperature_ptr, partial_ptr,
-    stride_hn, stride_hd, stride_wv, stride_wd, stride_k, stride_state, N, V, D, first_col, tiles, softcap,
-    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, RAGGED: tl.constexpr,
+    stride_hn, stride_wv, stride_k, stride_state, N, V, D, first_col, tiles, softcap,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, RAGGED: tl.constexpr, ENTROPY: tl.constexpr,
     TMA: tl.constexpr, WARP_SPECIALIZE: tl.constexpr, FLATTEN: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     # Programs that run side by side differ in their tokens and share the part of the vocabulary: W comes from L2.
@@ -86,28 +79,14 @@ def fused_stats_kernel(
 
     m = tl.full((BLOCK_N,), _FLOOR, tl.float32)
     s = tl.zeros((BLOCK_N,), tl.float32)
-    u = tl.zeros((BLOCK_N,), tl.float32)
+    if ENTROPY:
+        u = tl.zeros((BLOCK_N,), tl.float32)
     target = tl.zeros((BLOCK_N,), tl.float32)
     for tile in tl.range(start, stop, flatten=FLATTEN, warp_specialize=WARP_SPECIALIZE):
         col0 = first_col + tile * BLOCK_V
         x = tile_logits(
-            h,
-            w,
-            row0,
-            col0,
-            N,
-            V,
-            D,
-            stride_hn,
-            stride_hd,
-            stride_wv,
-            stride_wd,
-            BLOCK_N,
-            BLOCK_V,
-            BLOCK_D,
-            TMA,
-            UPCAST,
-        )
+            h, w, row0, col0, N, V, D, stride_hn, stride_wv, BLOCK_N, BLOCK_V, BLOCK_D, TMA, UPCAST
+        )  # fmt: skip
         # Columns count from the tile's first, so that the comparison needs no register for a column's number.
         offs_v = tl.arange(0, BLOCK_V)
         bias = None
@@ -124,21 +103,25 @@ def fused_stats_kernel(
         e = tl.exp(d)
         if RAGGED:  # a tile may hold no token but the target, and then every d is 0
             e = tl.where((offs_v < V - col0)[None, :] & ~is_target, e, 0.0)
-        if bias_ptr is not None:  # a bias of −inf bans a token
-            d = tl.maximum(d, _EXP_FLOOR)
-        m, s, u = merge(m, s, u, m_tile, tl.sum(e, axis=1), tl.sum(e * d, axis=1))
+        if ENTROPY:
+            if bias_ptr is not None:  # a bias of −inf bans a token
+                d = tl.maximum(d, _EXP_FLOOR)
+            m, s, u = merge(m, s, u, m_tile, tl.sum(e, axis=1), tl.sum(e * d, axis=1))
+        else:
+            m, s, _ = merge(m, s, None, m_tile, tl.sum(e, axis=1), None)
 
     out = partial_ptr + split.to(tl.int64) * stride_k + offs_n
     tl.store(out, m, mask=inside_n)
     tl.store(out + stride_state, s, mask=inside_n)
-    tl.store(out + 2 * stride_state, u, mask=inside_n)
+    if ENTROPY:
+        tl.store(out + 2 * stride_state, u, mask=inside_n)
     tl.store(out + 3 * stride_state, target, mask=inside_n)
 
 
 @triton.jit
 def fused_dlogits_kernel(
     h, w, bias_ptr, code_ptr, temperature_ptr, max_ptr, logsum_ptr, entropy_ptr, dlogp_ptr, others_ptr, dentropy_ptr,
-    dx_ptr, stride_hn, stride_hd, stride_wv, stride_wd, stride_dn, N, V, D, col0, softcap,
+    dx_ptr, stride_hn, stride_wv, stride_dn, N, V, D, col0, softcap,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, GROUP_ROWS: tl.constexpr,
     TMA: tl.constexpr, WARP_SPECIALIZE: tl.constexpr, FLATTEN: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -154,8 +137,7 @@ def fused_dlogits_kernel(
         row0 = (group * GROUP_ROWS + within % group_rows) * BLOCK_N
         tile_col0 = (within // group_rows) * BLOCK_V
         x = tile_logits(
-            h, w, row0, tile_col0, N, V, D, stride_hn, stride_hd, stride_wv, stride_wd,
-            BLOCK_N, BLOCK_V, BLOCK_D, TMA, UPCAST,
+            h, w, row0, tile_col0, N, V, D, stride_hn, stride_wv, BLOCK_N, BLOCK_V, BLOCK_D, TMA, UPCAST
         )  # fmt: skip
 
         offs_n = row0 + tl.arange(0, BLOCK_N)
@@ -176,7 +158,7 @@ def fused_dlogits_kernel(
             entropy = tl.load(entropy_ptr + offs_n, mask=inside_n, other=0.0)[:, None]
             dentropy = tl.load(dentropy_ptr + offs_n, mask=inside_n, other=0.0)[:, None]
         dx = logit_gradient(
-            x, bias, scale, softcap, offs_v[None, :] == label[:, None], (code == _IGNORED)[:, None],
+            x, bias, scale, softcap, offs_v[None, :] == label[:, None],
             tl.load(max_ptr + offs_n, mask=inside_n, other=0.0)[:, None],
             tl.load(logsum_ptr + offs_n, mask=inside_n, other=0.0)[:, None],
             entropy,
@@ -188,17 +170,13 @@ def fused_dlogits_kernel(
         tl.store(out, dx.to(dx_ptr.dtype.element_ty), mask=inside_n[:, None] & inside_v[None, :])
 
 
-def _operands(h: Tensor, w: Tensor, settings: GemmSettings) -> tuple[object, object, bool]:
-    """h and w as the kernel takes them: descriptors where TMA can read them, else themselves."""
-    aligned = all(
-        t.stride(1) == 1 and t.stride(0) * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0 for t in (h, w)
-    )
-    if not (settings.tma and aligned):
-        return h, w, False
+def _operands(h: Tensor, w: Tensor, settings: GemmSettings) -> tuple[object, object]:
+    """h and w as the kernel takes them: descriptors where it reads through TMA, else themselves."""
+    if not settings.tma:
+        return h, w
     return (
         TensorDescriptor(h, list(h.shape), list(h.stride()), [settings.block_n, settings.block_d]),
         TensorDescriptor(w, list(w.shape), list(w.stride()), [settings.block_v, settings.block_d]),
-        True,
     )
 
 
@@ -211,9 +189,12 @@ def stats_splits(N: int, V: int, settings: GemmSettings, sms: int) -> int:
 
 def fused_stats(
     h: Tensor, w: Tensor, bias: Tensor | None, codes: Tensor, temperature: Tensor | None, softcap: float | None,
-    arch: int, sms: int,
+    arch: int, sms: int, entropy: bool,
 ) -> Tensor:  # fmt: skip
-    """Partial statistics [K, 4, n] of h [n, D] against w [V, D], on a GPU of `sms` processors."""
+    """Partial statistics [K, 4, n] of h [n, D] against w [V, D], on a GPU of `sms` processors.
+
+    The moment is not written unless for the entropy.
+    """
     n, D = h.shape
     V = w.shape[0]
     options = {"bias": bias is not None, "softcap": softcap is not None}
@@ -225,32 +206,32 @@ def fused_stats(
         settings = stats_settings(arch, ragged=True, **options)
         launches.append((True, settings, V - rest, triton.cdiv(rest, settings.block_v), partials[-1:]))
     for ragged, settings, first_col, tiles, out in launches:
-        h_arg, w_arg, tma = _operands(h, w, settings)
+        h_arg, w_arg = _operands(h, w, settings)
         fused_stats_kernel[(triton.cdiv(n, settings.block_n), len(out))](
-            h_arg, w_arg, bias, codes, temperature, out, *h.stride(), *w.stride(), out.stride(0), out.stride(1),
+            h_arg, w_arg, bias, codes, temperature, out, h.stride(0), w.stride(0), out.stride(0), out.stride(1),
             n, V, D, first_col, tiles, softcap,
             BLOCK_N=settings.block_n, BLOCK_V=settings.block_v, BLOCK_D=settings.block_d,
-            RAGGED=ragged, TMA=tma, WARP_SPECIALIZE=settings.warp_specialize, FLATTEN=settings.flatten,
-            UPCAST=INTERPRETED, num_warps=settings.num_warps, num_stages=settings.num_stages,
+            RAGGED=ragged, ENTROPY=entropy, TMA=settings.tma, WARP_SPECIALIZE=settings.warp_specialize,
+            FLATTEN=settings.flatten, UPCAST=INTERPRETED, num_warps=settings.num_warps, num_stages=settings.num_stages,
         )  # fmt: skip
     return partials
 
 
 def fused_dlogits(
     h: Tensor, w: Tensor, bias: Tensor | None, codes: Tensor, temperature: Tensor | None, row_max: Tensor,
-    logsum: Tensor, entropy: Tensor, dlogp: Tensor, others: Tensor, dentropy: Tensor | None, dx: Tensor, col0: int,
-    softcap: float | None, arch: int, sms: int,
+    logsum: Tensor, entropy: Tensor | None, dlogp: Tensor, others: Tensor, dentropy: Tensor | None, dx: Tensor,
+    col0: int, softcap: float | None, arch: int, sms: int,
 ) -> None:  # fmt: skip
     """Gradients dx [n, s] of the raw logits of h [n, D] and w [s, D], the columns from col0 on."""
     settings = dlogits_settings(arch, entropy=dentropy is not None, softcap=softcap is not None)
     n, D = h.shape
     V = w.shape[0]
-    h_arg, w_arg, tma = _operands(h, w, settings)
+    h_arg, w_arg = _operands(h, w, settings)
     tiles = triton.cdiv(n, settings.block_n) * triton.cdiv(V, settings.block_v)
     fused_dlogits_kernel[(min(tiles, sms),)](
         h_arg, w_arg, bias, codes, temperature, row_max, logsum, entropy, dlogp, others, dentropy, dx,
-        *h.stride(), *w.stride(), dx.stride(0), n, V, D, col0, softcap,
+        h.stride(0), w.stride(0), dx.stride(0), n, V, D, col0, softcap,
         BLOCK_N=settings.block_n, BLOCK_V=settings.block_v, BLOCK_D=settings.block_d, GROUP_ROWS=GROUP_ROWS,
-        TMA=tma, WARP_SPECIALIZE=settings.warp_specialize, FLATTEN=settings.flatten,
+        TMA=settings.tma, WARP_SPECIALIZE=settings.warp_specialize, FLATTEN=settings.flatten,
         UPCAST=INTERPRETED, num_warps=settings.num_warps, num_stages=settings.num_stages,
     )  # fmt: skip

@@ -3,7 +3,7 @@
 1. `ppo`     one thread a token: ratio, clips, entropy bonus, KL, the derivatives, and partial statistics a program
 2. `prm`     one program a sequence: implicit rewards, their sum, cross-entropy with the outcome, the derivative
 3. `reward`  one program a sequence: implicit rewards, summed over steps or not
-4. `scale`   multiplies by a number on the device, and reads nothing more where it is 1
+4. `scale`   multiplies by a number on the device and rounds; in place it reads nothing more where that is 1
 """
 
 import triton
@@ -13,6 +13,8 @@ from torch import Tensor
 from .common import log1p
 
 PPO_BLOCK, SEQUENCE_BLOCK, SCALE_BLOCK = 512, 1024, 4096
+# Eight a processor of the largest GPUs keep its memory busy; a factor of 1 is read by no more.
+SCALE_PROGRAMS = 1056
 # Columns of a program's partial statistics.
 PPO_STATS = ("tokens", "clipped", "kl", "ratio", "entropy", "ratio_max")
 
@@ -44,7 +46,7 @@ def ppo_kernel(
     # s = max(−A·ρ, −A·clip(ρ)), s = min(s, −A·c) for A < 0; ∂s/∂logp = −A·ρ where neither clip has taken over.
     # A comparison with NaN is false, so NaN stays in s.
     ratio = tl.exp(logp - old)
-    free = -advantage * ratio
+    free = tl.where(advantage == 0.0, 0.0, -advantage * ratio)  # of an infinite ratio, too
     bounded = -advantage * tl.minimum(tl.maximum(ratio, 1.0 - clip_low), 1.0 + clip_high)
     clipped = bounded > free
     s = tl.where(clipped, bounded, free)
@@ -59,8 +61,8 @@ def ppo_kernel(
     if importance_ptr is not None:
         importance = tl.load(importance_ptr + offs, mask=inside, other=0.0)
         poison += importance * 0.0
-        s = s * importance
-        ds = ds * importance
+        s = tl.where(importance == 0.0, 0.0, s * importance)
+        ds = tl.where(importance == 0.0, 0.0, ds * importance)
     if ref_ptr is not None:
         ref = tl.load(ref_ptr + offs, mask=inside, other=0.0)
         poison += ref * 0.0
@@ -104,8 +106,8 @@ def prm_kernel(
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     seq = tl.program_id(0)
-    begin = tl.load(bounds_ptr + seq)
-    end = tl.load(bounds_ptr + seq + 1)
+    begin = tl.load(bounds_ptr + seq).to(tl.int64)
+    end = tl.load(bounds_ptr + seq + 1).to(tl.int64)
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(begin, end, BLOCK):
         offs = start + tl.arange(0, BLOCK)
@@ -141,8 +143,8 @@ def reward_kernel(
     prm_ptr, ref_ptr, mask_ptr, bounds_ptr, end_ptr, reward_ptr, beta, EACH: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     seq = tl.program_id(0)
-    begin = tl.load(bounds_ptr + seq)
-    end = tl.load(bounds_ptr + seq + 1)
+    begin = tl.load(bounds_ptr + seq).to(tl.int64)
+    end = tl.load(bounds_ptr + seq + 1).to(tl.int64)
     # The sequence's last token that counts closes its last step.
     last = end - 1
     if mask_ptr is not None and not EACH:
@@ -172,12 +174,15 @@ def reward_kernel(
 
 
 @triton.jit
-def scale_kernel(x_ptr, factor_ptr, numel, BLOCK: tl.constexpr):
+def scale_kernel(x_ptr, factor_ptr, out_ptr, numel, IN_PLACE: tl.constexpr, BLOCK: tl.constexpr):
     factor = tl.load(factor_ptr)
-    if factor != 1.0:
-        offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        x = tl.load(x_ptr + offs, mask=offs < numel, other=0.0).to(tl.float32)
-        tl.store(x_ptr + offs, (x * factor).to(x_ptr.dtype.element_ty), mask=offs < numel)
+    if (not IN_PLACE) | (factor != 1.0):
+        first = tl.program_id(0).to(tl.int64) * BLOCK
+        step = tl.num_programs(0).to(tl.int64) * BLOCK
+        for start in range(first, numel.to(tl.int64), step):
+            offs = start + tl.arange(0, BLOCK)
+            x = tl.load(x_ptr + offs, mask=offs < numel, other=0.0)
+            tl.store(out_ptr + offs, (x * factor).to(out_ptr.dtype.element_ty), mask=offs < numel)
 
 
 def ppo(
@@ -232,9 +237,10 @@ def reward(
     return out
 
 
-def scale(x: Tensor, factor: Tensor) -> None:
-    """x *= factor, a number on the device; x is contiguous."""
+def scale(x: Tensor, factor: Tensor, out: Tensor) -> None:
+    """out = x·factor, rounded once; x is contiguous fp32, factor a number on the device, and out may be x."""
     if x.numel():
-        scale_kernel[(triton.cdiv(x.numel(), SCALE_BLOCK),)](
-            x, factor, x.numel(), BLOCK=SCALE_BLOCK, num_warps=4
-        )  # fmt: skip
+        programs = min(triton.cdiv(x.numel(), SCALE_BLOCK), SCALE_PROGRAMS)
+        scale_kernel[(programs,)](
+            x, factor, out, x.numel(), IN_PLACE=out.data_ptr() == x.data_ptr(), BLOCK=SCALE_BLOCK, num_warps=4
+        )

@@ -9,25 +9,58 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..constants import IGNORED, INVALID
 from ..plan import FINISH_BLOCK_N, ROW_DLOGITS, ROW_STATS
-from .common import (
-    _EXP_FLOOR,
-    _FLOOR,
-    _IGNORED,
-    IGNORED,
-    INVALID,
-    head_logit,
-    inverse_temperature,
-    log1p,
-    logit_gradient,
-    merge,
-)
+from .common import _EXP_FLOOR, _FLOOR, head_logit, inverse_temperature, log1p, logit_gradient, merge
+
+# Rows are padded to a multiple of so many columns: with masks at such multiples a thread moves 16 bytes at a time
+# wherever the vocabulary ends. What stands in the padding is nobody's; it may be NaN.
+PADDED = 16
+_PADDED = tl.constexpr(PADDED)
+
+
+@triton.jit
+def load_block(x_row, bias_ptr, offs_v, V, RAGGED: tl.constexpr):
+    """Products and bias (or None) of one block of columns; in a ragged one, 0 beyond the last column."""
+    bias = None
+    if RAGGED:
+        inside = offs_v < V
+        x = tl.load(x_row + offs_v, mask=offs_v < tl.cdiv(V, _PADDED) * _PADDED, other=0.0)
+        x = tl.where(inside, x, 0.0)
+        if bias_ptr is not None:
+            bias = tl.load(bias_ptr + offs_v, mask=inside, other=0.0).to(tl.float32)
+    else:
+        x = tl.load(x_row + offs_v)
+        if bias_ptr is not None:
+            bias = tl.load(bias_ptr + offs_v).to(tl.float32)
+    return x, bias
+
+
+@triton.jit
+def block_stats(
+    x_row, bias_ptr, start, V, label, scale, softcap, ENTROPY: tl.constexpr, RAGGED: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """Statistics (max, sum, moment or None) of one block's columns but the target's."""
+    offs_v = start + tl.arange(0, BLOCK_V)
+    x, bias = load_block(x_row, bias_ptr, offs_v, V, RAGGED)
+    z = head_logit(x, bias, scale, softcap)
+    other = offs_v != label
+    if RAGGED:
+        other = other & (offs_v < V)
+    m = tl.maximum(tl.max(tl.where(other, z, _FLOOR), axis=0), _FLOOR)
+    d = z - m
+    e = tl.where(other, tl.exp(d), 0.0)
+    u = None
+    if ENTROPY:
+        u = tl.sum(e * tl.maximum(d, _EXP_FLOOR), axis=0)
+    return m, tl.sum(e, axis=0), u
 
 
 @triton.jit
 def row_stats_kernel(
     x_ptr, bias_ptr, code_ptr, temperature_ptr, state_ptr, stride_xn, stride_state, col0, V, softcap,
-    BLOCK_V: tl.constexpr,
+    ENTROPY: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     x_row = x_ptr + row * stride_xn
@@ -38,21 +71,25 @@ def row_stats_kernel(
 
     m = tl.load(state_ptr + row)
     s = tl.load(state_ptr + stride_state + row)
-    u = tl.load(state_ptr + 2 * stride_state + row)
-    for start in range(0, V, BLOCK_V):
-        offs_v = start + tl.arange(0, BLOCK_V)
-        inside = offs_v < V
-        x = tl.load(x_row + offs_v, mask=inside, other=0.0)
-        bias = tl.load(bias_ptr + offs_v, mask=inside, other=0.0).to(tl.float32) if bias_ptr is not None else None
-        z = head_logit(x, bias, scale, softcap)
-        other = inside & (offs_v != label)
-        m_tile = tl.maximum(tl.max(tl.where(other, z, _FLOOR), axis=0), _FLOOR)
-        d = z - m_tile
-        e = tl.where(other, tl.exp(d), 0.0)
-        m, s, u = merge(m, s, u, m_tile, tl.sum(e, axis=0), tl.sum(e * tl.maximum(d, _EXP_FLOOR), axis=0))
+    whole = V // BLOCK_V * BLOCK_V
+    if ENTROPY:
+        u = tl.load(state_ptr + 2 * stride_state + row)
+        for start in range(0, whole, BLOCK_V):
+            m_b, s_b, u_b = block_stats(x_row, bias_ptr, start, V, label, scale, softcap, True, False, BLOCK_V)
+            m, s, u = merge(m, s, u, m_b, s_b, u_b)
+        if whole < V:
+            m_b, s_b, u_b = block_stats(x_row, bias_ptr, whole, V, label, scale, softcap, True, True, BLOCK_V)
+            m, s, u = merge(m, s, u, m_b, s_b, u_b)
+        tl.store(state_ptr + 2 * stride_state + row, u)
+    else:
+        for start in range(0, whole, BLOCK_V):
+            m_b, s_b, _ = block_stats(x_row, bias_ptr, start, V, label, scale, softcap, False, False, BLOCK_V)
+            m, s, _ = merge(m, s, None, m_b, s_b, None)
+        if whole < V:
+            m_b, s_b, _ = block_stats(x_row, bias_ptr, whole, V, label, scale, softcap, False, True, BLOCK_V)
+            m, s, _ = merge(m, s, None, m_b, s_b, None)
     tl.store(state_ptr + row, m)
     tl.store(state_ptr + stride_state + row, s)
-    tl.store(state_ptr + 2 * stride_state + row, u)
 
     if label >= 0:
         x = tl.load(x_row + label)
@@ -75,9 +112,11 @@ def finish_kernel(
         part = state_ptr + offs
         m_k = tl.load(part, mask=inside, other=0.0)
         s_k = tl.load(part + stride_state, mask=inside, other=0.0)
-        u_k = tl.load(part + 2 * stride_state, mask=inside, other=0.0)
         target += tl.load(part + 3 * stride_state, mask=inside, other=0.0)
-        m, s, u = merge(m, s, u, m_k, s_k, u_k)
+        if entropy_ptr is not None:
+            m, s, u = merge(m, s, u, m_k, s_k, tl.load(part + 2 * stride_state, mask=inside, other=0.0))
+        else:
+            m, s, _ = merge(m, s, None, m_k, s_k, None)
         state_ptr += stride_k
 
     # The target joins. logsum = log Σ_v e^{z_v − top} = logsumexp − top.
@@ -86,18 +125,39 @@ def finish_kernel(
     e_target = tl.exp(target - top)
     logsum = tl.where(target >= m, log1p(others), tl.log(others + e_target))
     logp = (target - top) - logsum
-    # H = logsumexp − Σ p z = logsum − Σ p (z − top): a sum of non-negative terms.
-    moment = tl.exp(m - top) * (u + s * (m - top)) + e_target * (target - top)
-    entropy = logsum - moment / (others + e_target)
-
     code = tl.load(code_ptr + offs, mask=inside, other=0)
     ignored = code == IGNORED
     invalid = code == INVALID
     nan = float("nan")
     tl.store(logp_ptr + offs, tl.where(ignored, 0.0, tl.where(invalid, nan, logp)), mask=inside)
-    tl.store(entropy_ptr + offs, tl.where(ignored, 0.0, tl.where(invalid, nan, entropy)), mask=inside)
+    if entropy_ptr is not None:
+        # H = logsumexp − Σ p z = logsum − Σ p (z − top): a sum of non-negative terms. A target may be banned: −inf.
+        of_target = e_target * tl.maximum(target - top, _EXP_FLOOR)
+        moment = tl.exp(m - top) * (u + s * (m - top)) + of_target
+        entropy = logsum - moment / (others + e_target)
+        tl.store(entropy_ptr + offs, tl.where(ignored, 0.0, tl.where(invalid, nan, entropy)), mask=inside)
     tl.store(max_ptr + offs, top, mask=inside)
     tl.store(logsum_ptr + offs, tl.where(invalid, nan, logsum), mask=inside)
+
+
+@triton.jit
+def block_gradient(
+    x_row, bias_ptr, dx_row, start, V, label, scale, softcap, m, logsum, entropy, dlogp, others, dentropy,
+    RAGGED: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """Put the gradient of one block's columns in their place.
+
+    Its numbers take no more bytes than theirs, so a block's gradients land on logits of this block or of earlier ones.
+    The barrier lets no warp write before every warp has read the block.
+    """
+    offs_v = start + tl.arange(0, BLOCK_V)
+    x, bias = load_block(x_row, bias_ptr, offs_v, V, RAGGED)
+    dx = logit_gradient(x, bias, scale, softcap, offs_v == label, m, logsum, entropy, dlogp, others, dentropy)
+    tl.debug_barrier()
+    if RAGGED:
+        tl.store(dx_row + offs_v, dx.to(dx_row.dtype.element_ty), mask=offs_v < tl.cdiv(V, _PADDED) * _PADDED)
+    else:
+        tl.store(dx_row + offs_v, dx.to(dx_row.dtype.element_ty))
 
 
 @triton.jit
@@ -116,34 +176,40 @@ def row_dlogits_kernel(
     dlogp = tl.load(dlogp_ptr + row)
     others = tl.load(others_ptr + row)
 
-    # dx takes the place of x, in fewer bytes a number: a block's gradients land on logits of this block or of
-    # earlier ones. The barrier lets no warp write before every warp has read the block.
-    for start in range(0, V, BLOCK_V):
-        offs_v = start + tl.arange(0, BLOCK_V)
-        inside = offs_v < V
-        x = tl.load(x_ptr + row * stride_xn + offs_v, mask=inside, other=0.0)
-        bias = tl.load(bias_ptr + offs_v, mask=inside, other=0.0).to(tl.float32) if bias_ptr is not None else None
-        dx = logit_gradient(
-            x, bias, scale, softcap, offs_v == label, code == _IGNORED, m, logsum, entropy, dlogp, others, dentropy
+    x_row = x_ptr + row * stride_xn
+    dx_row = dx_ptr + row * stride_dn
+    whole = V // BLOCK_V * BLOCK_V
+    for start in range(0, whole, BLOCK_V):
+        block_gradient(
+            x_row, bias_ptr, dx_row, start, V, label, scale, softcap, m, logsum, entropy, dlogp, others, dentropy,
+            False, BLOCK_V,
         )  # fmt: skip
-        tl.debug_barrier()
-        tl.store(dx_ptr + row * stride_dn + offs_v, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+    if whole < V:
+        block_gradient(
+            x_row, bias_ptr, dx_row, whole, V, label, scale, softcap, m, logsum, entropy, dlogp, others, dentropy,
+            True, BLOCK_V,
+        )  # fmt: skip
 
 
 def row_stats(
     x: Tensor, bias: Tensor | None, codes: Tensor, temperature: Tensor | None, state: Tensor, col0: int,
-    softcap: float | None,
+    softcap: float | None, entropy: bool,
 ) -> None:  # fmt: skip
-    """Fold logits x [n, s] fp32 of columns col0… into state [4, n] = (max, sum, moment, target)."""
+    """Fold logits x [n, s] fp32 of columns col0… into state [4, n] = (max, sum, moment if for the entropy, target).
+
+    Rows of x start at multiples of `PADDED` elements; what lies between is read.
+    """
     n, V = x.shape
     row_stats_kernel[(n,)](
         x, bias, codes, temperature, state, x.stride(0), state.stride(0), col0, V, softcap,
-        BLOCK_V=ROW_STATS.block_v, num_warps=ROW_STATS.num_warps,
+        ENTROPY=entropy, BLOCK_V=ROW_STATS.block_v, num_warps=ROW_STATS.num_warps,
     )  # fmt: skip
 
 
-def finish(partials: Tensor, codes: Tensor, logp: Tensor, entropy: Tensor, row_max: Tensor, logsum: Tensor) -> None:
-    """Merge partials [K, 4, n] and write log-prob, entropy, max and logsumexp − max [n] of each row."""
+def finish(
+    partials: Tensor, codes: Tensor, logp: Tensor, entropy: Tensor | None, row_max: Tensor, logsum: Tensor
+) -> None:
+    """Merge partials [K, 4, n] and write log-prob, entropy if wanted, max and logsumexp − max [n] of each row."""
     K, _, n = partials.shape
     finish_kernel[(triton.cdiv(n, FINISH_BLOCK_N),)](
         partials, codes, logp, entropy, row_max, logsum, partials.stride(0), partials.stride(1), n, K,
@@ -153,10 +219,13 @@ def finish(partials: Tensor, codes: Tensor, logp: Tensor, entropy: Tensor, row_m
 
 def row_dlogits(
     x: Tensor, bias: Tensor | None, codes: Tensor, temperature: Tensor | None, row_max: Tensor, logsum: Tensor,
-    entropy: Tensor, dlogp: Tensor, others: Tensor, dentropy: Tensor | None, dx: Tensor, col0: int,
+    entropy: Tensor | None, dlogp: Tensor, others: Tensor, dentropy: Tensor | None, dx: Tensor, col0: int,
     softcap: float | None,
 ) -> None:  # fmt: skip
-    """Gradients dx [n, s] of raw products x [n, s]; dx shares x's memory, rows starting at the same bytes."""
+    """Gradients dx [n, s] of raw products x [n, s]; dx shares x's memory, rows starting at the same bytes.
+
+    Rows of both start at multiples of `PADDED` elements; what lies between is written.
+    """
     n, V = x.shape
     row_dlogits_kernel[(n,)](
         x, bias, codes, temperature, row_max, logsum, entropy, dlogp, others, dentropy, dx,

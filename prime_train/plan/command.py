@@ -5,11 +5,13 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from prime_kernels.devices import Device, named
+
 from ..config.keys import Config
 from ..config.settings import ConfigError
 from ..run.setup import device_of
 from .durations import Lengths
-from .hardware import Device, measured_flops, memory_bytes, named
+from .hardware import measured_flops, memory_bytes
 from .make import make_plan, tokens_of
 from .memory import dtype_of
 from .rates import Rates, default_device, rates_of

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from .hardware import DEVICES, Device
+from prime_kernels.devices import DEVICES, Device
 
 FLOPS_SHARE = 0.4
 """Of a device's peak that training reaches where nobody says what it reaches."""

@@ -16,9 +16,9 @@ from benchmarks.coin import toss
 from benchmarks.prime_step import DRY, SHAPES, Finished, UntilView, Workload, make_tokenizer
 from benchmarks.records import NO_CLAIMS, Report
 from benchmarks.step_figures import Figure, figures_table
+from prime_kernels.devices import DEVICES
 from prime_train.config.keys import Config
 from prime_train.plan.durations import Lengths
-from prime_train.plan.hardware import DEVICES
 from prime_train.plan.make import make_plan
 from prime_train.plan.rates import rates_of
 from prime_train.plan.records import GIB, Cluster, Plan

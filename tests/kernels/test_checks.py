@@ -2,10 +2,20 @@
 
 import socket
 
+import numpy as np
 import pytest
 import torch
 
-from prime_kernels import linear_logprob, set_workspace
+from prime_kernels import (
+    implicit_reward,
+    linear_logprob,
+    linear_ppo_loss,
+    linear_prm_loss,
+    linear_token_loss,
+    ppo_clip_loss,
+    prm_loss,
+    set_workspace,
+)  # fmt: skip
 
 
 def call(**changes):
@@ -40,7 +50,21 @@ CASES = [
     ({"temperature": torch.ones(2, 3).long()}, TypeError, r"temperature must be a float or a floating"),
     ({"temperature": torch.tensor([[1.0, 1, 1], [1, 0, 1]])}, ValueError, r"temperature .* > 0, got 0.0 at token 4"),
     ({"temperature": torch.ones(2, 3, requires_grad=True)}, ValueError, r"temperature must not require grad"),
+    ({"temperature": float("nan")}, ValueError, r"temperature must be > 0, got nan"),
+    ({"temperature": float("inf")}, ValueError, r"temperature must be finite, got inf"),
+    ({"temperature": 1e-40}, ValueError, r"temperature must be >= 1e-30, got 1e-40"),
+    ({"temperature": True}, TypeError, r"temperature must be a float or a tensor, got bool"),
     ({"softcap": 0.0}, ValueError, r"softcap must be > 0 or None, got 0.0"),
+    ({"softcap": float("nan")}, ValueError, r"softcap must be > 0 or None, got nan"),
+    ({"softcap": True}, TypeError, r"softcap must be a number or None, got bool"),
+    ({"softcap": "30"}, TypeError, r"softcap must be a number or None, got str"),
+    ({"softcap": torch.tensor(30.0)}, TypeError, r"softcap must be a number or None, got Tensor"),
+    ({"ignore_index": None}, TypeError, r"ignore_index must be an integer, got NoneType"),
+    ({"ignore_index": -100.0}, TypeError, r"ignore_index must be an integer, got float"),
+    ({"vocab_group": "tp"}, TypeError, r"vocab_group must be a ProcessGroup or None, got str"),
+    ({"weight": None}, TypeError, r"weight must be a tensor, got NoneType"),
+    ({"targets": None}, TypeError, r"targets must be a tensor, got NoneType"),
+    ({"bias": 0.0}, TypeError, r"bias must be a tensor, got float"),
     ({"backend": "cuda"}, ValueError, r"backend must be one of"),
     ({"backend": "fused"}, ValueError, r"backend='fused' takes hidden of bfloat16 or float16, got torch.float32"),
 ]
@@ -50,6 +74,69 @@ CASES = [
 def test_bad_input_is_refused_by_name(changes, error, message):
     with pytest.raises(error, match=message):
         call(**changes)
+
+
+TOKENS, BOUNDS = torch.full((6,), -1.0), torch.tensor([0, 2, 6])
+HIDDEN, WEIGHT, TARGETS = torch.randn(6, 8), torch.randn(11, 8), torch.zeros(6, dtype=torch.int64)
+OF_TOKENS = [
+    (lambda v: ppo_clip_loss(v, TOKENS, TOKENS, TOKENS), [0.0], r"logp must be a tensor, got list"),
+    (lambda v: ppo_clip_loss(TOKENS, v, TOKENS, TOKENS), None, r"old_logp must be a tensor, got NoneType"),
+    (lambda v: ppo_clip_loss(TOKENS, TOKENS, TOKENS, v), 1.0, r"token_weight must be a tensor, got float"),
+    (lambda v: ppo_clip_loss(TOKENS, TOKENS, TOKENS, TOKENS, clip_low=v), "0.2", r"clip_low must be a number, got str"),
+    (lambda v: ppo_clip_loss(TOKENS, TOKENS, TOKENS, TOKENS, dual_clip=v), True, r"dual_clip must be a number or None"),
+    (lambda v: ppo_clip_loss(TOKENS.long(), TOKENS, TOKENS, TOKENS), None, r"logp must be float32, .* torch.int64"),
+    (lambda v: linear_ppo_loss(HIDDEN, WEIGHT, TARGETS, v, TOKENS, TOKENS), None, r"old_logp must be a tensor, got"),
+    (lambda v: linear_ppo_loss(HIDDEN, WEIGHT, TARGETS, TOKENS, TOKENS, TOKENS, importance=v), 1.0, r"importance must"),
+    (
+        lambda v: linear_token_loss(HIDDEN, WEIGHT, TARGETS, lambda lp, e, x: x, (v,)),
+        2.0,
+        r"inputs\[0\] must be a tensor",
+    ),
+    (lambda v: prm_loss(v, TOKENS, BOUNDS, torch.ones(2)), [0.0], r"prm_logp must be a tensor, got list"),
+    (lambda v: prm_loss(TOKENS, TOKENS, v, torch.ones(2)), [0, 2, 6], r"cu_seqlens must be a tensor, got list"),
+    (lambda v: prm_loss(TOKENS, TOKENS, BOUNDS, v), [1.0, 0.0], r"outcomes must be a tensor, got list"),
+    (
+        lambda v: prm_loss(TOKENS, TOKENS, BOUNDS, torch.ones(2), kind="dpo", group_ids=v),
+        [0, 0],
+        r"group_ids must be a",
+    ),
+    (lambda v: implicit_reward(TOKENS, v), None, r"ref_logp must be a tensor, got NoneType"),
+    (lambda v: implicit_reward(TOKENS, TOKENS, beta=v), torch.tensor(1.0), r"beta must be a number, got Tensor"),
+]
+
+
+@pytest.mark.parametrize(("call", "value", "message"), OF_TOKENS)
+def test_what_is_no_tensor_or_no_number_is_refused_by_name(call, value, message):
+    with pytest.raises(TypeError, match=message):
+        call(value)
+
+
+@pytest.mark.parametrize("outcomes", [[2.0, 0.0], [0.5, -0.1], [float("nan"), 1.0], [float("inf"), 0.0]])
+@pytest.mark.parametrize("kind", ["ce", "dpo"])
+def test_outcomes_outside_0_and_1_are_refused(outcomes, kind):
+    options = {"kind": kind, "group_ids": torch.zeros(2)}
+    for op, args in ((prm_loss, (TOKENS, TOKENS)), (linear_prm_loss, (HIDDEN, WEIGHT, TARGETS, TOKENS))):
+        with pytest.raises(ValueError, match=r"outcomes must be in \[0, 1\], got \S+ of sequence [01]"):
+            op(*args, BOUNDS, torch.tensor(outcomes), **options)
+
+
+def test_numbers_of_numpy_are_numbers():
+    half = linear_logprob(HIDDEN, WEIGHT, TARGETS, temperature=0.5, softcap=30.0).logp
+    numpys = {"temperature": np.float32(0.5), "softcap": np.int64(30), "ignore_index": np.int64(-100)}
+    assert torch.equal(linear_logprob(HIDDEN, WEIGHT, TARGETS, **numpys).logp, half)
+    options = {"clip_low": np.float32(0.5), "dual_clip": np.float64(3), "entropy_coef": np.float32(0)}
+    args = (HIDDEN, WEIGHT, TARGETS, TOKENS, TOKENS, TOKENS)
+    want = linear_ppo_loss(*args, clip_low=0.5, dual_clip=3.0).loss
+    assert torch.equal(linear_ppo_loss(*args, **options).loss, want)
+    assert torch.equal(implicit_reward(TOKENS, 2 * TOKENS, beta=np.float32(0.5)), torch.full((6,), 0.5))
+
+
+@pytest.mark.parametrize("softcap", [float("inf"), 1e300, 1e38, 1e30])
+def test_a_softcap_beyond_every_logit_is_none(softcap):
+    want = linear_logprob(HIDDEN, WEIGHT, TARGETS, entropy=True)
+    got = linear_logprob(HIDDEN, WEIGHT, TARGETS, entropy=True, softcap=softcap)
+    assert torch.equal(got.logp, want.logp)
+    assert torch.equal(got.entropy, want.entropy)
 
 
 def test_ignored_targets_need_not_be_in_range():

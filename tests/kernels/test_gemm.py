@@ -1,9 +1,12 @@
 """Products: fp32 sums, one rounding, and none that is not needed."""
 
+from itertools import islice
+from threading import Barrier, Thread
+
 import pytest
 import torch
 
-from prime_kernels import gemm, linear_logprob
+from prime_kernels import gemm, linear_logprob, linear_ppo_loss, linear_prm_loss, linear_token_loss
 from tests.support.oracle import BF16, F16, F32, RUNS, make_inputs, run
 
 
@@ -19,12 +22,96 @@ def test_products_of_16_bit_operands_are_summed_in_fp32(device, dtype):
     assert (acc.double() - 2 * exact).norm() <= 2e-6 * exact.norm()
 
 
-def test_reduced_precision_sums_are_forbidden_and_the_users_choice_restored():
-    matmul = torch.backends.cuda.matmul
-    before = matmul.allow_bf16_reduced_precision_reduction
+FLAGS = [f"_get_cublas_{name}" for name in gemm.FLAGS]
+
+
+def flags():
+    return [getattr(torch._C, name)() for name in FLAGS]
+
+
+@pytest.fixture
+def users_choice():
+    """(True or False, split-K allowed or not) of bf16 sums, set as a user sets it."""
+    matmul, before = torch.backends.cuda.matmul, torch._C._get_cublas_allow_bf16_reduced_precision_reduction()
+    yield lambda *pair: setattr(matmul, "allow_bf16_reduced_precision_reduction", pair)
+    matmul.allow_bf16_reduced_precision_reduction = before
+
+
+@pytest.mark.parametrize("pair", [(True, True), (False, True), (False, False)])
+def test_reduced_precision_sums_are_forbidden_and_the_users_choice_restored(users_choice, pair):
+    users_choice(*pair)
+    before = flags()
     with gemm.full_precision_sums():
-        assert matmul.allow_bf16_reduced_precision_reduction is False
-    assert matmul.allow_bf16_reduced_precision_reduction == before
+        with gemm.full_precision_sums():
+            assert torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction is False
+        assert torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction is False
+        assert torch._C._get_cublas_allow_bf16_reduced_precision_reduction()[1] is pair[1]
+    assert flags() == before
+
+
+def test_flags_are_restored_by_the_last_thread_that_leaves(users_choice):
+    users_choice(True, True)
+    before = flags()
+    seen = []
+
+    def work(entered: Barrier, left: Barrier, first: bool):
+        with gemm.full_precision_sums():
+            entered.wait()
+            if not first:
+                left.wait()  # the other one has left, and sums are still in full precision here
+                seen.append(torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction)
+        if first:
+            left.wait()
+
+    for _ in range(20):
+        barriers = Barrier(2), Barrier(2)
+        threads = [Thread(target=work, args=(*barriers, first)) for first in (True, False)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert flags() == before
+    assert seen == [False] * 20
+
+
+def test_an_error_inside_an_op_leaves_the_flags_as_they_were(users_choice):
+    users_choice(False, False)
+    before = flags()
+    with pytest.raises(KeyError), gemm.full_precision_sums():
+        raise KeyError
+    assert flags() == before
+
+
+def test_ops_on_a_cpu_touch_no_flag_of_the_process(monkeypatch):
+    monkeypatch.setattr(gemm._flags, "enter", lambda: pytest.fail("a CPU has no use for cuBLAS's flags"))
+    linear_logprob(torch.randn(3, 4), torch.randn(5, 4), torch.tensor([0, 1, 2]))
+
+
+@pytest.mark.parametrize(("device", "backend"), RUNS)
+def test_autocast_reaches_the_arguments_and_nothing_inside(device, backend):
+    """The same bits as casting by hand."""
+    x = make_inputs(33, 32, 130, F32, device, bias=True)
+    rows = [x.dlogp - 5, x.dlogp, x.dentropy]
+
+    def losses(hidden, weight, bias):
+        head = {"bias": bias, "backend": backend}
+        yield linear_logprob(hidden, weight, x.targets, entropy=True, **head).logp.sum()
+        yield linear_logprob(hidden, weight.detach(), x.targets, backend=backend).logp.sum()
+        yield linear_ppo_loss(hidden, weight, x.targets, *rows, entropy_coef=0.01, **head).loss
+        yield linear_token_loss(hidden, weight, x.targets, lambda logp, _, a: -a * logp, rows[1:2], **head).loss
+        yield linear_prm_loss(
+            hidden, weight, x.targets, rows[0], torch.tensor([0, 33]), rows[1][:1].sigmoid(), **head
+        ).loss
+
+    for op in range(5):
+        found = []
+        for cast in (False, True):
+            leaves = [t.detach().to(F32 if cast else BF16).requires_grad_() for t in (x.hidden, x.weight, x.bias)]
+            with torch.autocast(device, dtype=BF16, enabled=cast):
+                loss = next(islice(losses(*leaves), op, None))
+                loss.backward()  # autograd runs under autocast, too
+            found.append([loss, *(t.grad.to(BF16) for t in leaves if t.grad is not None)])
+        assert all(torch.equal(a, b) for a, b in zip(*found, strict=True)), op
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,19 @@
 """LogProbHead: a linear layer as ever, and inside FSDP2, checkpointing and compiled models."""
 
+import warnings
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from prime_kernels import LogProbHead, linear_logprob, linear_ppo_loss, linear_prm_loss, linear_token_loss
-from tests.support.oracle import F32, make_inputs
+from tests.support.oracle import BF16, F32, make_inputs
 from tests.support.processes import run_ranks
 
 V, D, N = 61, 16, 12
@@ -93,6 +96,68 @@ def test_a_head_made_of_a_linear_layer_shares_its_parameters():
     assert (head.in_features, head.out_features) == (D, V)
 
 
+class Scaled(nn.Linear):
+    """Computes something else than its base."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def lora_layer() -> nn.Module:
+    model = get_peft_model(nn.Sequential(nn.Linear(D, V)), LoraConfig(target_modules=["0"]))
+    return model.base_model.model[0]
+
+
+def patched_layer() -> nn.Module:
+    linear = nn.Linear(D, V)
+    linear.forward = lambda x: x  # as offloading hooks do
+    return linear
+
+
+@pytest.mark.parametrize(
+    "layer", [lora_layer, patched_layer, lambda: Scaled(D, V), lambda: nn.Embedding(V, D)],
+    ids=["adapters", "patched", "subclass", "embedding"],
+)  # fmt: skip
+def test_a_layer_that_computes_something_else_is_refused(layer):
+    with pytest.raises(TypeError, match=r"from_linear takes a layer that computes what nn.Linear does, got \S+: merge"):
+        LogProbHead.from_linear(layer())
+
+
+def test_a_head_of_a_head_is_a_head():
+    head = LogProbHead(D, V)
+    assert LogProbHead.from_linear(head).weight is head.weight
+
+
+@pytest.mark.parametrize("size", [V + 7, V - 7])
+def test_resizing_the_vocabulary_of_a_model_keeps_its_head(size):
+    config = Qwen2Config(
+        vocab_size=V, hidden_size=D, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+        intermediate_size=D, tie_word_embeddings=False,
+    )  # fmt: skip
+    model = Qwen2ForCausalLM(config)
+    model.lm_head = LogProbHead.from_linear(model.lm_head)
+    before = model.lm_head.weight.detach().clone()
+    model.resize_token_embeddings(size)
+    assert isinstance(model.lm_head, LogProbHead)
+    assert model.lm_head.weight.shape == (size, D)
+    least = min(size, V)
+    assert torch.equal(model.lm_head.weight[:least], before[:least])
+    assert model.lm_head(torch.randn(3, D), torch.tensor([0, 1, 2])).logp.shape == (3,)
+
+
+def test_layers_that_take_no_heads_place_stay_as_they_are():
+    model = Model()
+    replaced, other = nn.Linear(D, D), Scaled(D, V)
+    model.layer = replaced
+    assert model.layer is replaced
+    model.head = other
+    assert model.head is other
+    model.head = LogProbHead(D, V)
+    del model.head
+    model.head = plain = nn.Linear(D, V)
+    assert model.head is plain
+
+
 @pytest.mark.parametrize("which", WHICH)
 def test_tied_embedding_gets_the_gradients_of_both_uses(which):
     tied, untied = Model(), Model()
@@ -136,6 +201,45 @@ def test_works_inside_a_compiled_model():
     torch.compile(compiled, fullgraph=True)(batch(0), "ppo").backward()
     for a, b in zip(compiled.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5)
+
+
+def in_mixed_precision() -> list[str]:
+    """What a head under FSDP2's default mixed precision gets wrong."""
+    dist.init_process_group("gloo")
+    try:
+        head = LogProbHead(D, V)
+        weight, bias = (t.detach().to(BF16) for t in (head.weight, head.bias))
+        x = make_inputs(48, D, V, BF16, "cpu", scale=8.0)
+        hidden, targets = x.hidden.view(4, 12, D), x.targets.view(4, 12)
+        # None of these is a number of bf16.
+        rows = [t.view(4, 12) for t in (x.dlogp - 5.1, x.dlogp, x.dentropy.abs())]
+        taus, bounds, y = rows[2] + 0.3, torch.tensor([0, 20, 48]), torch.tensor([0.3, 1.0])
+        policy = MixedPrecisionPolicy(param_dtype=BF16, reduce_dtype=F32)
+        fully_shard(head, mesh=init_device_mesh("cpu", (1,)), mp_policy=policy)
+        fn = lambda logp, _, a: -a * logp  # noqa: E731
+        given = (hidden, weight, targets)
+        flat = (x.hidden, x.targets, rows[0].view(-1), bounds, y)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)  # FSDP2 warns of results that are views
+            found = {
+                "logprob": (head(hidden, targets, temperature=taus).logp,
+                            linear_logprob(*given, bias=bias, temperature=taus).logp),
+                "token": (head.token_loss(hidden, targets, fn, (rows[1],), temperature=taus).loss,
+                          linear_token_loss(*given, fn, (rows[1],), bias=bias, temperature=taus).loss),
+                "ppo": (head.ppo_loss(hidden, targets, *rows, ref_logp=rows[0] + 0.1, kl_coef=0.1).loss,
+                        linear_ppo_loss(*given, *rows, ref_logp=rows[0] + 0.1, kl_coef=0.1, bias=bias).loss),
+                "importance": (head.ppo_loss(hidden, targets, *rows, importance=rows[2]).loss,
+                               linear_ppo_loss(*given, *rows, importance=rows[2], bias=bias).loss),
+                "prm": (head.prm_loss(*flat, mask=rows[2].view(-1)).reward,
+                        linear_prm_loss(x.hidden, weight, *flat[1:], mask=rows[2].view(-1), bias=bias).reward),
+            }  # fmt: skip
+        return [name for name, (ours, want) in found.items() if not torch.equal(ours, want)]
+    finally:
+        dist.destroy_process_group()
+
+
+def test_default_mixed_precision_of_fsdp2_rounds_no_argument():
+    assert run_ranks(1, in_mixed_precision) == [[]]
 
 
 def sharded_gradients() -> dict[str, dict[str, torch.Tensor]]:

@@ -87,7 +87,8 @@ def test_chunks_hold_whole_sequences():
     assert aligned_chunks([0, 3, 5, 9, 10], 5) == [(0, 5), (5, 10)]
     assert aligned_chunks([0, 3, 5, 9, 10], 4) == [(0, 3), (3, 5), (5, 9), (9, 10)]
     assert aligned_chunks([0, 3, 5, 9, 10], 100) == [(0, 10)]
-    assert aligned_chunks([0, 3, 5, 9, 10], 3) is None
+    # A longer one is alone, and changes nothing for the others.
+    assert aligned_chunks([0, 3, 5, 9, 10], 3) == [(0, 3), (3, 5), (5, 9), (9, 10)]
 
 
 @pytest.mark.parametrize("kind", ["ce", "dpo"])

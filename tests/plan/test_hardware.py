@@ -2,7 +2,8 @@
 
 import torch
 
-from prime_train.plan.hardware import DEVICES, measured_flops, memory_bytes, named
+from prime_kernels.devices import DEVICES, named
+from prime_train.plan.hardware import measured_flops, memory_bytes
 
 
 def test_devices_are_found_by_name():

@@ -8,13 +8,13 @@ import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Qwen2Config
 
 from benchmarks.prime_step import SHAPES
+from prime_kernels.devices import DEVICES
 from prime_train.config.keys import Config
 from prime_train.models.distributed import World, joined
 from prime_train.models.language_model import LanguageModel
 from prime_train.plan.activations import count_activations
 from prime_train.plan.command import verdict
 from prime_train.plan.durations import Lengths, durations_of
-from prime_train.plan.hardware import DEVICES
 from prime_train.plan.make import make_plan
 from prime_train.plan.memory import ASLEEP, STAGED, VLLM_SHARE, crew_of, state_of
 from prime_train.plan.rates import rates_of

@@ -7,11 +7,11 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from benchmarks.harness import peak_memory
 from prime_kernels import LogProbHead
+from prime_kernels.devices import DEVICES
 from prime_train.config.keys import Config
 from prime_train.models import optim
 from prime_train.models.distributed import ALONE, World, shard
 from prime_train.models.language_model import LanguageModel, work_on_blocks
-from prime_train.plan.hardware import DEVICES
 from prime_train.plan.make import make_plan
 from prime_train.plan.memory import STAGED, dtype_of
 from prime_train.plan.rates import rates_of

@@ -1,0 +1,14 @@
+"""What kernels, tiles and checks agree on, known without Triton."""
+
+import os
+from importlib.util import find_spec
+
+HAS_TRITON = find_spec("triton") is not None
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+# Stands for the maximum of no logits. Finite, so that no difference of maxima is −inf − −inf.
+FLOOR = -1e38
+# Codes of targets that are no column: an ignored token (log-prob 0), a target outside the vocabulary (NaN).
+IGNORED, INVALID = -(1 << 62), -(1 << 62) + 1
+# Floor of z − max where it multiplies e^{z − max}: e^{−200} is 0 in fp32, and 0·−200 is 0 where 0·−inf is NaN.
+EXP_FLOOR = -200.0

@@ -1,0 +1,89 @@
+"""The two Triton strategies on a tile: cuBLAS + row kernels, and fused GEMMs. Imported only where one of them runs."""
+
+import torch
+from torch import Tensor
+
+from . import gemm
+from .devices import device_arch
+from .kernels import fused
+from .kernels import rows as row_kernels
+from .tiles import Head, LogitTiles, RowGrads, Rows, RowStats, Tiles
+
+
+class TritonTiles(Tiles):
+    """What both strategies share."""
+
+    def finish(self, partials: Tensor, codes: Tensor) -> RowStats:
+        stats = RowStats.empty(len(codes), partials, entropy=self.entropy)
+        row_kernels.finish(partials, codes, stats.logp, stats.entropy, stats.max, stats.logsum)
+        return stats
+
+
+class ChunkedTiles(TritonTiles, LogitTiles):
+    """cuBLAS writes a tile's logits in fp32, one row kernel reads each of them once."""
+
+    def __init__(self, hidden: Tensor, entropy: bool) -> None:
+        self.entropy = entropy
+        self.dtype = gemm.operand(hidden[:0]).dtype
+        self.bytes_per_logit = 4
+        self.scratch = hidden.new_empty(0, dtype=torch.float32)
+
+    def reserve(self, n: int, s: int, like: Tensor) -> None:
+        if len(self.scratch) < n * _stride(s):
+            self.scratch = like.new_empty(0, dtype=torch.float32)  # the old one goes before the new one comes
+            self.scratch = like.new_empty(n * _stride(s), dtype=torch.float32)
+
+    def empty_tile(self, n: int, s: int, like: Tensor) -> Tensor:
+        # Every tile takes the same memory.
+        self.reserve(n, s, like)
+        return self.scratch[: n * _stride(s)].view(n, _stride(s))[:, :s]
+
+    def fold(self, x: Tensor, rows: Rows, head: Head, state: Tensor) -> Tensor:
+        row_kernels.row_stats(
+            x, head.bias, rows.codes, rows.temperature, state[0], head.start, head.softcap, self.entropy
+        )  # fmt: skip
+        return state
+
+    def gradient(self, x: Tensor, rows: Rows, head: Head, grads: RowGrads) -> Tensor:
+        n, s = x.shape
+        dx = self.scratch[: n * x.stride(0)].view(self.dtype).view(n, -1)[:, :s]
+        stats = grads.stats
+        row_kernels.row_dlogits(
+            x, head.bias, rows.codes, rows.temperature, stats.max, stats.logsum, stats.entropy,
+            grads.dlogp, grads.others, grads.dentropy, dx, head.start, head.softcap,
+        )  # fmt: skip
+        return dx
+
+
+def _stride(s: int) -> int:
+    """Elements from one row of s logits to the next: 16-byte accesses for gradients of any dtype, in their place."""
+    return -(-s // 16) * 16
+
+
+class FusedTiles(TritonTiles):
+    """Triton GEMMs whose epilogue consumes the logits: nothing of vocabulary size in the forward."""
+
+    def __init__(self, hidden: Tensor, entropy: bool) -> None:
+        self.entropy = entropy
+        self.bytes_per_logit = gemm.operand(hidden[:0]).dtype.itemsize
+        if hidden.is_cuda:
+            self.arch = device_arch(hidden.device)
+            self.sms = torch.cuda.get_device_properties(hidden.device).multi_processor_count
+        else:
+            self.arch, self.sms = 0, 4
+
+    def row_stats(self, rows: Rows, head: Head, col_step: int) -> Tensor:
+        return fused.fused_stats(
+            rows.hidden, head.weight, head.bias, rows.codes, rows.temperature, head.softcap, self.arch, self.sms,
+            self.entropy,
+        )  # fmt: skip
+
+    def dlogits(self, rows: Rows, head: Head, grads: RowGrads) -> Tensor:
+        n, s = len(rows.hidden), len(head.weight)
+        dx = rows.hidden.new_empty((n, _stride(s)))[:, :s]
+        stats = grads.stats
+        fused.fused_dlogits(
+            rows.hidden, head.weight, head.bias, rows.codes, rows.temperature, stats.max, stats.logsum, stats.entropy,
+            grads.dlogp, grads.others, grads.dentropy, dx, head.start, head.softcap, self.arch, self.sms,
+        )  # fmt: skip
+        return dx
