@@ -197,7 +197,7 @@ def linear_logprob(
         targets: [...] int64, in [0, V) or `ignore_index`.
         bias: [V] in weight's dtype; −inf bans a token.
         temperature: a number > 0, or one for each token [...]; no gradient.
-        softcap: c > 0 bounds logits to ±c before the temperature.
+        softcap: c > 0 bounds logits to ±c before the temperature; infinity is no cap.
         ignore_index: such targets have logp and entropy 0 and gradient exactly 0.
         entropy: also return the entropy.
         vocab_group: `weight` and `bias` hold this rank's rows of the vocabulary, in rank order, in any sizes;
@@ -217,6 +217,7 @@ def linear_logprob(
         TypeError, ValueError: an argument's type, dtype, shape, device or value is off; the message names it. Target
             ids and per-token temperatures are looked at on a CPU, and on CUDA under PRIME_KERNELS_CHECK=1; else a
             target outside the vocabulary or a temperature ≤ 0 makes that token's results NaN.
+        RuntimeError: a second derivative is asked for. NotImplementedError: a forward-mode one.
     """
     head = head_arguments(
         hidden, weight, targets, bias=bias, temperature=temperature, softcap=softcap, ignore_index=ignore_index,

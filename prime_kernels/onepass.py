@@ -6,7 +6,7 @@ For each chunk of tokens, over the whole vocabulary:
     statistics of x             each logit read once: log-prob and entropy of every token
     epilogue                    [n] numbers: the loss's derivatives dlogp, dentropy
     x ← dZ                      in place, in the dtype of the products
-    dX = dZ W                   2NDV   one product over V, rounded once
+    dX = dZ W                   2NDV   fp32, one product over V
     dW += dZᵀ X                 2NDV   fp32
 
 where an epilogue is any loss that is a sum over tokens (or over sequences, on chunks aligned to them). Where keeping
@@ -195,7 +195,8 @@ class GradientSums:
         self.like = self.found.unit  # for new tensors in the sums' dtype
         self.started = 0  # tokens that have been added
         self.scales = gemm.operand(rows.hidden[:0]).dtype is torch.float16
-        self.exponent = torch.zeros((), dtype=torch.int32, device=rows.hidden.device)
+        if self.scales:
+            self.exponent = torch.zeros((), dtype=torch.int32, device=rows.hidden.device)
 
     def scaled(self, grads: RowGrads, temperature: Tensor | None) -> RowGrads:
         """A chunk's derivatives in the sums' unit, which changes where these would be too small or too large for it."""

@@ -212,7 +212,8 @@ def prm_loss(
     Args:
         prm_logp, ref_logp, mask: [T] packed, or [S, L] padded with cu_seqlens None; where the mask is 0 nothing else
             is looked at.
-        cu_seqlens: [S + 1] int32 or int64 boundaries, on the host (on CUDA it costs a synchronisation).
+        cu_seqlens: [S + 1] int32 or int64 boundaries, on the host or on the device. Kernels use those on the device as
+            they are, unread: boundaries that do not cut the tokens then make every result NaN.
         outcomes: [S] in [0, 1].
         group_ids: [S] the prompt of each sequence, for "dpo".
         backend: "auto", "triton" or "torch".
@@ -245,13 +246,15 @@ def linear_prm_loss(
 ) -> PRMLoss:  # fmt: skip
     """`prm_loss` of a linear head with all its gradients, and the token rewards from the same pass.
 
-    "ce" takes one pass over the vocabulary (6NDV FLOP) on chunks aligned to sequences; a sequence longer than a chunk,
-    and "dpo", whose groups span chunks, take two (8NDV). This is PRIME's single-forward update.
+    "ce" takes one pass over the vocabulary (6NDV FLOP) on chunks aligned to sequences; tokens of a sequence longer than
+    a chunk, and "dpo", whose groups span chunks, take two (8NDV). This is PRIME's single-forward update.
 
     Args:
         hidden: [T, D] packed tokens; weight, targets [T], bias, temperature, softcap, ignore_index, backend: as in
             `linear_logprob`. Ignored tokens have no reward.
-        ref_logp, mask: [T]. cu_seqlens, outcomes, beta, kind, group_ids: as in `prm_loss`.
+        ref_logp, mask: [T]. outcomes, beta, kind, group_ids: as in `prm_loss`.
+        cu_seqlens: [S + 1] int32 or int64 boundaries on the host. On the device the host reads them once; where it may
+            not, as a CUDA graph is captured, all tokens take two passes, unless they fit one chunk.
 
     Returns:
         PRMLoss(loss, reward [T], logits [S]); reward and logits are detached.

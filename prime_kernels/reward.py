@@ -109,7 +109,8 @@ def implicit_reward(
 
     Args:
         prm_logp, ref_logp, mask: [T] packed, or [S, L] padded; where the mask is 0 nothing else is looked at.
-        cu_seqlens: [S + 1] boundaries of packed tokens on the host; needed for "whole" and "step" unless padded.
+        cu_seqlens: [S + 1] boundaries of packed tokens, on the host or on the device; needed for "whole" and "step"
+            unless padded. Kernels use those on the device unread, as in `prm_loss`.
         step_ends: bool, of the log-probs' shape, true at the last token of each step; for "step".
         backend: "auto", "triton" or "torch".
 

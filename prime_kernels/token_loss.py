@@ -41,24 +41,27 @@ def linear_token_loss(
         loss = Σ_i loss_fn(logp, entropy, *inputs)_i        over tokens whose target is not ignored
 
     with logp and entropy as in `linear_logprob`. The gradients with respect to hidden, weight and bias are computed
-    in the forward, chunk by chunk; backward multiplies them in place by the upstream gradient (which costs nothing
-    where it is 1, and can run once).
+    in the forward, chunk by chunk, and kept in fp32; backward multiplies them by the upstream gradient and rounds
+    once. It can run once.
 
     Args:
         hidden, weight, targets, bias, temperature, softcap, ignore_index, backend: as in `linear_logprob`.
         loss_fn: (logp [n], entropy [n] | None, *inputs [n]) -> loss [n], in differentiable torch. It is called on
             chunks of the valid and ignored tokens alike, on any number of tokens, and must treat each on its own: no
             mean, no normaliser but one that comes with the inputs.
-        inputs: tensors of the targets' shape, handed to loss_fn in chunks; they get no gradient.
+        inputs: tensors of the targets' shape, handed to loss_fn in chunks; they get no gradient. A loss_fn that closes
+            over a tensor that requires one is refused.
         entropy: hand the entropy to loss_fn and return it; else it is None.
 
     Returns:
         TokenLoss(loss, logp [...], entropy [...] | None): a scalar to call backward on; the others are detached.
 
-    Cost: 6NDV FLOP (4NDV with a frozen weight), scratch memory within `set_workspace` (1.25 GiB by default) beside a
-    gradient of the weight in fp32. Where the workspace holds too few tokens' logits for that to pay, 8NDV.
+    Cost: 6NDV FLOP (4NDV with a frozen weight), scratch memory within `set_workspace` (1.25 GiB by default), and until
+    backward the gradients in fp32, 4(N + V)D bytes. Where the workspace holds too few tokens' logits for that to pay,
+    8NDV. In a compiled model it runs between graphs.
 
     Raises:
+        RuntimeError: backward runs twice, or a second derivative is asked for.
         TypeError, ValueError: as `linear_logprob`; also where an input's shape is off, or loss_fn returns anything
             but one number a token.
     """

@@ -5,7 +5,7 @@ that leads by more than 16 nats is −log1p(Σ_others), which `target − logsum
 
     max     m = max_{v≠t} z_v
     sum     s = Σ_{v≠t} e^{z_v − m}
-    moment  u = Σ_{v≠t} e^{z_v − m}·(z_v − m)        for the entropy; None where nobody asked for it
+    moment  u = Σ_{v≠t} e^{z_v − m}·(z_v − m)        for the entropy; left out where nobody asked for it
     target  z_t, or 0 where the target is not among the columns seen
 
 Partial statistics of disjoint columns merge exactly in any grouping; target parts add up.
@@ -70,9 +70,15 @@ def merge(m_a, s_a, u_a, m_b, s_b, u_b):
     m = tl.maximum(m_a, m_b)
     a = tl.exp(m_a - m)
     b = tl.exp(m_b - m)
-    if u_a is not None:
-        u_a = a * (u_a + s_a * (m_a - m)) + b * (u_b + s_b * (m_b - m))
-    return m, a * s_a + b * s_b, u_a
+    u = a * (u_a + s_a * (m_a - m)) + b * (u_b + s_b * (m_b - m))
+    return m, a * s_a + b * s_b, u
+
+
+@triton.jit
+def merge_sums(m_a, s_a, m_b, s_b):
+    """`merge` without the moment."""
+    m = tl.maximum(m_a, m_b)
+    return m, tl.exp(m_a - m) * s_a + tl.exp(m_b - m) * s_b
 
 
 @triton.jit

@@ -22,7 +22,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..constants import INTERPRETED
 from ..plan import GemmSettings, dlogits_settings, stats_settings, vocab_splits
-from .common import _EXP_FLOOR, _FLOOR, _IGNORED, head_logit, inverse_temperature, logit_gradient, merge
+from .common import _EXP_FLOOR, _FLOOR, _IGNORED, head_logit, inverse_temperature, logit_gradient, merge, merge_sums
 
 GROUP_ROWS = 16  # blocks of tokens that share a tile of W before the next tile is taken
 
@@ -108,7 +108,7 @@ def fused_stats_kernel(
                 d = tl.maximum(d, _EXP_FLOOR)
             m, s, u = merge(m, s, u, m_tile, tl.sum(e, axis=1), tl.sum(e * d, axis=1))
         else:
-            m, s, _ = merge(m, s, None, m_tile, tl.sum(e, axis=1), None)
+            m, s = merge_sums(m, s, m_tile, tl.sum(e, axis=1))
 
     out = partial_ptr + split.to(tl.int64) * stride_k + offs_n
     tl.store(out, m, mask=inside_n)

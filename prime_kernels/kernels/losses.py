@@ -179,7 +179,7 @@ def scale_kernel(x_ptr, factor_ptr, out_ptr, numel, IN_PLACE: tl.constexpr, BLOC
     if (not IN_PLACE) | (factor != 1.0):
         first = tl.program_id(0).to(tl.int64) * BLOCK
         step = tl.num_programs(0).to(tl.int64) * BLOCK
-        for start in range(first, numel.to(tl.int64), step):
+        for start in range(first, numel, step):
             offs = start + tl.arange(0, BLOCK)
             x = tl.load(x_ptr + offs, mask=offs < numel, other=0.0)
             tl.store(out_ptr + offs, (x * factor).to(out_ptr.dtype.element_ty), mask=offs < numel)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..constants import IGNORED, INVALID
 from ..plan import FINISH_BLOCK_N, ROW_DLOGITS, ROW_STATS
-from .common import _EXP_FLOOR, _FLOOR, head_logit, inverse_temperature, log1p, logit_gradient, merge
+from .common import _EXP_FLOOR, _FLOOR, head_logit, inverse_temperature, log1p, logit_gradient, merge, merge_sums
 
 # Rows are padded to a multiple of so many columns: with masks at such multiples a thread moves 16 bytes at a time
 # wherever the vocabulary ends. What stands in the padding is nobody's; it may be NaN.
@@ -21,19 +21,18 @@ _PADDED = tl.constexpr(PADDED)
 
 @triton.jit
 def load_block(x_row, bias_ptr, offs_v, V, RAGGED: tl.constexpr):
-    """Products and bias (or None) of one block of columns; in a ragged one, 0 beyond the last column."""
-    bias = None
+    """Products with their bias of one block of columns; in a ragged one, 0 beyond the last column."""
     if RAGGED:
         inside = offs_v < V
         x = tl.load(x_row + offs_v, mask=offs_v < tl.cdiv(V, _PADDED) * _PADDED, other=0.0)
         x = tl.where(inside, x, 0.0)
         if bias_ptr is not None:
-            bias = tl.load(bias_ptr + offs_v, mask=inside, other=0.0).to(tl.float32)
+            x += tl.load(bias_ptr + offs_v, mask=inside, other=0.0).to(tl.float32)
     else:
         x = tl.load(x_row + offs_v)
         if bias_ptr is not None:
-            bias = tl.load(bias_ptr + offs_v).to(tl.float32)
-    return x, bias
+            x += tl.load(bias_ptr + offs_v).to(tl.float32)
+    return x
 
 
 @triton.jit
@@ -41,20 +40,20 @@ def block_stats(
     x_row, bias_ptr, start, V, label, scale, softcap, ENTROPY: tl.constexpr, RAGGED: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Statistics (max, sum, moment or None) of one block's columns but the target's."""
+    """Statistics (max, sum, moment or the sum again) of one block's columns but the target's."""
     offs_v = start + tl.arange(0, BLOCK_V)
-    x, bias = load_block(x_row, bias_ptr, offs_v, V, RAGGED)
-    z = head_logit(x, bias, scale, softcap)
+    z = head_logit(load_block(x_row, bias_ptr, offs_v, V, RAGGED), None, scale, softcap)
     other = offs_v != label
     if RAGGED:
         other = other & (offs_v < V)
     m = tl.maximum(tl.max(tl.where(other, z, _FLOOR), axis=0), _FLOOR)
     d = z - m
     e = tl.where(other, tl.exp(d), 0.0)
-    u = None
+    s = tl.sum(e, axis=0)
+    u = s
     if ENTROPY:
         u = tl.sum(e * tl.maximum(d, _EXP_FLOOR), axis=0)
-    return m, tl.sum(e, axis=0), u
+    return m, s, u
 
 
 @triton.jit
@@ -84,10 +83,10 @@ def row_stats_kernel(
     else:
         for start in range(0, whole, BLOCK_V):
             m_b, s_b, _ = block_stats(x_row, bias_ptr, start, V, label, scale, softcap, False, False, BLOCK_V)
-            m, s, _ = merge(m, s, None, m_b, s_b, None)
+            m, s = merge_sums(m, s, m_b, s_b)
         if whole < V:
             m_b, s_b, _ = block_stats(x_row, bias_ptr, whole, V, label, scale, softcap, False, True, BLOCK_V)
-            m, s, _ = merge(m, s, None, m_b, s_b, None)
+            m, s = merge_sums(m, s, m_b, s_b)
     tl.store(state_ptr + row, m)
     tl.store(state_ptr + stride_state + row, s)
 
@@ -116,7 +115,7 @@ def finish_kernel(
         if entropy_ptr is not None:
             m, s, u = merge(m, s, u, m_k, s_k, tl.load(part + 2 * stride_state, mask=inside, other=0.0))
         else:
-            m, s, _ = merge(m, s, None, m_k, s_k, None)
+            m, s = merge_sums(m, s, m_k, s_k)
         state_ptr += stride_k
 
     # The target joins. logsum = log Σ_v e^{z_v − top} = logsumexp − top.
@@ -151,8 +150,8 @@ def block_gradient(
     The barrier lets no warp write before every warp has read the block.
     """
     offs_v = start + tl.arange(0, BLOCK_V)
-    x, bias = load_block(x_row, bias_ptr, offs_v, V, RAGGED)
-    dx = logit_gradient(x, bias, scale, softcap, offs_v == label, m, logsum, entropy, dlogp, others, dentropy)
+    x = load_block(x_row, bias_ptr, offs_v, V, RAGGED)
+    dx = logit_gradient(x, None, scale, softcap, offs_v == label, m, logsum, entropy, dlogp, others, dentropy)
     tl.debug_barrier()
     if RAGGED:
         tl.store(dx_row + offs_v, dx.to(dx_row.dtype.element_ty), mask=offs_v < tl.cdiv(V, _PADDED) * _PADDED)

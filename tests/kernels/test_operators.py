@@ -1,5 +1,7 @@
 """Operators: graphs for any number of tokens, tensors without numbers, derivatives that are refused."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -23,9 +25,9 @@ def rows(h):
 
 
 # Scalars made of hidden [N, D], weight [V, D], targets [N], boundaries [S + 1] and outcomes [S] by every op.
-OPS = {
+OPS: dict[str, Callable[..., torch.Tensor]] = {
     "logprob": lambda h, w, t, cu, y: linear_logprob(h, w, t, temperature=0.8).logp.sum(),
-    "entropy": lambda h, w, t, cu, y: linear_logprob(h, w, t, softcap=20.0, entropy=True).entropy.sum(),
+    "entropy": lambda h, w, t, cu, y: linear_logprob(h, w, t, softcap=20.0, entropy=True).entropy.sum(),  # type: ignore[union-attr]
     "temperatures": lambda h, w, t, cu, y: linear_logprob(h, w, t, temperature=h[:, 0].detach().exp()).logp.sum(),
     "frozen": lambda h, w, t, cu, y: linear_logprob(h, w.detach(), t).logp.sum(),
     "token": lambda h, w, t, cu, y: linear_token_loss(h * 2, w, t, lambda logp, _: -logp).loss * 3,
