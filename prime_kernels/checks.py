@@ -130,7 +130,7 @@ def check_number(
 
 def real_number(value: Any) -> float:
     """A checked number as Python's own, which is what an operator takes: numpy's are none."""
-    return float(value)
+    return value if isinstance(value, float) else float(value)
 
 
 def check_no_tangent(op: str, **inputs: object) -> None:

@@ -12,3 +12,6 @@ FLOOR = -1e38
 IGNORED, INVALID = -(1 << 62), -(1 << 62) + 1
 # Floor of z − max where it multiplies e^{z − max}: e^{−200} is 0 in fp32, and 0·−200 is 0 where 0·−inf is NaN.
 EXP_FLOOR = -200.0
+# Rows of logits and of their gradients start at multiples of so many columns, and kernels read and write up to there: a
+# thread moves 16 bytes at a time wherever the vocabulary ends. What stands in the padding is nobody's; it may be NaN.
+PADDED = 16

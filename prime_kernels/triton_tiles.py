@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from . import gemm
+from .constants import PADDED
 from .devices import device_arch
 from .kernels import fused
 from .kernels import rows as row_kernels
@@ -56,8 +57,8 @@ class ChunkedTiles(TritonTiles, LogitTiles):
 
 
 def _stride(s: int) -> int:
-    """Elements from one row of s logits to the next: 16-byte accesses for gradients of any dtype, in their place."""
-    return -(-s // 16) * 16
+    """Elements from one row of s logits to the next."""
+    return -(-s // PADDED) * PADDED
 
 
 class FusedTiles(TritonTiles):

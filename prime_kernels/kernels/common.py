@@ -14,9 +14,10 @@ Partial statistics of disjoint columns merge exactly in any grouping; target par
 import triton
 import triton.language as tl
 
-from ..constants import EXP_FLOOR, FLOOR, IGNORED
+from ..constants import EXP_FLOOR, FLOOR, IGNORED, PADDED
 
 _FLOOR = tl.constexpr(FLOOR)
+_PADDED = tl.constexpr(PADDED)
 _IGNORED = tl.constexpr(IGNORED)
 _EXP_FLOOR = tl.constexpr(EXP_FLOOR)
 

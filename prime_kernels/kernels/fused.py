@@ -22,7 +22,17 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..constants import INTERPRETED
 from ..plan import GemmSettings, dlogits_settings, stats_settings, vocab_splits
-from .common import _EXP_FLOOR, _FLOOR, _IGNORED, head_logit, inverse_temperature, logit_gradient, merge, merge_sums
+from .common import (
+    _EXP_FLOOR,
+    _FLOOR,
+    _IGNORED,
+    _PADDED,
+    head_logit,
+    inverse_temperature,
+    logit_gradient,
+    merge,
+    merge_sums,
+)
 
 GROUP_ROWS = 16  # blocks of tokens that share a tile of W before the next tile is taken
 
@@ -167,7 +177,9 @@ def fused_dlogits_kernel(
             dentropy,
         )  # fmt: skip
         out = dx_ptr + offs_n[:, None].to(tl.int64) * stride_dn + offs_v[None, :]
-        tl.store(out, dx.to(dx_ptr.dtype.element_ty), mask=inside_n[:, None] & inside_v[None, :])
+        # Up to the row's padding, so that a thread writes 16 bytes at a time wherever the vocabulary ends.
+        padded = offs_v < tl.cdiv(V, _PADDED) * _PADDED
+        tl.store(out, dx.to(dx_ptr.dtype.element_ty), mask=inside_n[:, None] & padded[None, :])
 
 
 def _operands(h: Tensor, w: Tensor, settings: GemmSettings) -> tuple[object, object]:
@@ -222,7 +234,10 @@ def fused_dlogits(
     logsum: Tensor, entropy: Tensor | None, dlogp: Tensor, others: Tensor, dentropy: Tensor | None, dx: Tensor,
     col0: int, softcap: float | None, arch: int, sms: int,
 ) -> None:  # fmt: skip
-    """Gradients dx [n, s] of the raw logits of h [n, D] and w [s, D], the columns from col0 on."""
+    """Gradients dx [n, s] of the raw logits of h [n, D] and w [s, D], the columns from col0 on.
+
+    Rows of dx start at multiples of `PADDED` elements; what lies between is written.
+    """
     settings = dlogits_settings(arch, entropy=dentropy is not None, softcap=softcap is not None)
     n, D = h.shape
     V = w.shape[0]
