@@ -76,7 +76,8 @@ def open_rows(hidden: Tensor, codes: Tensor, call: Any, *, entropy: bool) -> Ite
     rows = Rows(
         hidden=hidden.reshape(codes.shape[0], hidden.shape[-1]), codes=codes, temperature=temperature
     )  # fmt: skip
-    head = Head(weight=call.weight, bias=call.bias, softcap=call.softcap)
+    bias = None if call.bias is None else call.bias.contiguous()  # as kernels read it
+    head = Head(weight=call.weight, bias=bias, softcap=call.softcap)
     strategy = strategy_for(rows.hidden, call.backend, call.weight)
     with working_on(hidden):
         yield make_tiles(strategy, rows.hidden, entropy=entropy), rows, head

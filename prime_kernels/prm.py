@@ -185,7 +185,7 @@ def _checked_sequences(
         raise ValueError(f"outcomes must have shape [{S}], one a sequence, got {list(outcomes.shape)}")
     if outcomes.is_complex():
         raise TypeError(f"outcomes must hold real numbers, got {outcomes.dtype}")
-    found = {"beta": real_number(beta), "outcomes": outcomes.detach().to(device, dtype), "group_ids": None}
+    found = {"beta": real_number(beta), "outcomes": outcomes.detach().to(device, dtype).contiguous(), "group_ids": None}
     if kind == "ce":
         return found
     if group_ids is None:

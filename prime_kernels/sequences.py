@@ -42,6 +42,7 @@ class Sequences:
                 the host while a CUDA graph is captured.
         """
         T = tokens.shape[0]
+        cu_seqlens = cu_seqlens.contiguous()  # as kernels read it
         if cu_seqlens.device.type == "cpu":
             host = boundaries(cu_seqlens, T)
             return cls(bounds=_moved(cu_seqlens, tokens.device), host=host, poison=None)
