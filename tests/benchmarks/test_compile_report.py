@@ -4,43 +4,82 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
 from benchmarks import sass
 from tests.support.paths import ROOT
 
+WITH_LOOP = ("row_stats", "row_dlogits")
 TEXT = """
+        .text.kernel:
         /*0000*/                   LDG.E.64 R2, desc[UR14][R2.64] ;
+        /*0010*/                   BRA.U !UP2, `(.L_x_3) ;
 .L_x_1:
-        /*0010*/                   LDG.E.128 R4, desc[UR14][R4.64] ;
-        /*0020*/              @!P0 LDG.E.128 R8, desc[UR14][R8.64+0x10] ;
-        /*0030*/                   FADD R4, R4, R8 ;
+        /*0020*/                   LDG.E.128 R4, desc[UR14][R4.64] ;
+                                                                      /* 0x000000ff7d7e7c12 */
+        /*0030*/              @!P0 LDG.E.LTC128B.64 R8, desc[UR14][R8.64+0x10] ;
+        /*0040*/                   FADD R4, R4, R8 ;
+        /*0050*/              @!P2 BRA `(.L_x_4) ;
 .L_x_2:
-        /*0040*/                   FMUL R4, R4, R4 ;
-        /*0050*/               @P1 BRA `(.L_x_2) ;
-        /*0060*/                   STG.E.U16 desc[UR14][R6.64], R4 ;
-        /*0070*/                   NOP ;
-        /*0080*/              @!P0 BRA `(.L_x_1) ;
-        /*0090*/              @!P0 STG.E desc[UR14][R6.64], R4 ;
+        /*0060*/                   FMUL R4, R4, R4 ;
+        /*0070*/               @P1 BRA `(.L_x_2) ;
+        /*0080*/                   STG.E.U16 desc[UR14][R6.64], R4 ;
+        /*0090*/                   NOP ;
+        /*00a0*/              @!P0 BRA `(.L_x_1) ;
 .L_x_3:
-        /*00a0*/                   BRA `(.L_x_3);
+        /*00b0*/              @!P0 LDG.E R9, desc[UR14][R2.64] ;
+        /*00c0*/              @!P0 STG.E desc[UR14][R6.64], R4 ;
+        /*00d0*/                   EXIT ;
+.L_x_4:
+        /*00e0*/                   MUFU.RCP R5, R4 ;
+        /*00f0*/                   BRA `(.L_x_2) ;
+.L_x_5:
+        /*0100*/                   BRA `(.L_x_5);
+.L_x_6:
 """
 
 
-def test_the_main_loop_is_the_one_that_moves_memory():
+def test_the_main_loop_is_the_one_that_moves_most_memory():
     loop = sass.main_loop(TEXT)
     assert loop is not None
-    assert loop.loads == (128, 128)
-    assert loop.stores == (16,)
-    assert loop.instructions == 7  # without what does nothing
-    assert sass.accesses(TEXT, "LDG") == (64, 128, 128)
+    assert (loop.loads, loop.stores) == ((128, 64), (16,))
+    assert (loop.outer_loads, loop.outer_stores) == ((64, 32), (32,))
+    assert sass.accesses(TEXT, "LDG") == (64, 128, 64, 32)
     assert sass.accesses(TEXT, "STG") == (16, 32)
+
+
+def test_a_loop_has_the_code_that_was_moved_out_of_it_and_no_other():
+    # Eight between the loop's first and last but the one that does nothing, and two behind the kernel's end.
+    loop = sass.main_loop(TEXT)
+    assert loop is not None
+    assert loop.instructions == 8 + 2
 
 
 def test_without_a_loop_over_memory_there_is_none():
     assert sass.main_loop(TEXT.replace("LDG", "LDS").replace("STG", "STS")) is None
+    assert sass.main_loop(TEXT.replace("@!P0 BRA", "@!P0 NOP")) is None
     assert sass.main_loop("") is None
+
+
+def test_a_branch_back_to_where_another_way_leads_closes_no_loop():
+    assert sass.main_loop(TEXT.replace("`(.L_x_3)", "`(.L_x_2)")) is None
+
+
+@pytest.mark.parametrize(
+    ("operation", "width"),
+    [("LDG.E", 32), ("LDG.E.U8", 8), ("LDG.E.S16.CONSTANT", 16), ("LDG.E.LTC128B", 32), ("STG.E.64", 64),
+     ("LDG.E.LTC128B.128.CONSTANT", 128), ("LDG.E.ENL2.256", 256)],
+)  # fmt: skip
+def test_the_width_of_an_access_is_in_its_name(operation, width):
+    assert sass.bits(operation) == width
+
+
+def test_the_narrowest_access_is_looked_for_among_those_that_are_needed():
+    assert sass.narrowest([32, 128, 16, 64], 128) == 128
+    assert sass.narrowest([32, 128, 16, 64], 160) == 64
+    assert sass.narrowest([32, 16], 64) is None
 
 
 @pytest.fixture(scope="module")
@@ -85,54 +124,103 @@ def test_every_kernel_compiles_without_spills_and_with_the_architectures_instruc
 
 
 @pytest.mark.slow
-def test_every_variant_fits_the_shared_memory_of_its_architecture(kernels):
-    from benchmarks.compile_report import SHARED_LIMIT
+def test_fused_kernels_on_sm_120_multiply_with_mma_sync_and_copy_without_tma(kernels):
+    fused = [k for k in kernels if k["is_gemm"] and k["arch"] == 120]
+    assert {k["kernel"] for k in fused} == {"fused_stats", "fused_dlogits"}
+    for k in fused:
+        used = {name for name, count in k["instructions"].items() if count}
+        assert used == {"mma.sync", "cp.async.cg"}, where(k)
 
+
+@pytest.mark.slow
+def test_every_variant_fits_the_shared_memory_of_every_gpu_that_runs_it(kernels):
+    from benchmarks.compile_report import SAME_SETTINGS, SHARED_LIMIT
+
+    assert SAME_SETTINGS[80] == (86, 89)
     for k in kernels:
-        assert k["shared_bytes"] <= SHARED_LIMIT[k["arch"]], where(k)
-    # What serves sm_80 serves sm_86, sm_89 and sm_120 as well.
-    assert SHARED_LIMIT[80] == SHARED_LIMIT[120] == 99 * 1024
+        for arch in (k["arch"], *SAME_SETTINGS.get(k["arch"], ())):
+            assert k["shared_bytes"] <= SHARED_LIMIT[arch], f"{where(k)}, run on sm_{arch}"
 
 
 @pytest.mark.slow
 def test_logits_are_read_and_gradients_written_128_bits_at_a_time_wherever_the_vocabulary_ends(kernels):
-    of_rows = [k for k in kernels if k["kernel"] in ("row_stats", "row_dlogits")]
-    assert {k["ragged"] for k in of_rows} == {False, True}
-    for k in of_rows:
-        if "bias" not in k["variant"] and "all" not in k["variant"]:
-            assert k["load_bits"] == 128, where(k)
-        # Four of a whole block, one of a smaller block of the masked rest.
-        assert k["wide_loads"] >= 5, where(k)
+    rows = [k for k in kernels if k["kernel"] in ("row_stats", "row_dlogits")]
+    assert {(k["kernel"], k["ragged"]) for k in rows} == {(n, r) for n in WITH_LOOP for r in (False, True)}
+    for k in rows:
+        assert k["load_bits"] == 128, where(k)
+        assert k["rest_load_bits"] == 128, where(k)
     for k in kernels:
-        if k["kernel"] in ("row_dlogits", "fused_dlogits"):
+        if k["kernel"].endswith("dlogits"):
             assert k["store_bits"] == 128, where(k)
+        if k["kernel"] == "row_dlogits":
+            # A thread has four gradients at a time there.
+            assert k["rest_store_bits"] == (128 if "fp32" in k["variant"] else 64), where(k)
 
 
 @pytest.mark.slow
 def test_a_logit_takes_fewer_instructions_without_the_entropy_and_no_more_in_a_ragged_vocabulary(kernels):
     found = {(k["kernel"], k["variant"], k["arch"]): k["per_logit"] for k in kernels}
+    for arch in sorted({k["arch"] for k in kernels}):
+        for kernel in WITH_LOOP:
+            plain = found[kernel, "plain", arch]
+            assert plain <= found[kernel, "entropy", arch] - 2, f"{kernel} on sm_{arch}"
+            assert found[kernel, "plain, V % 16", arch] <= plain + 0.5, f"{kernel} on sm_{arch}"
+    for k in kernels:
+        assert (k["per_logit"] is not None) == (k["kernel"] in WITH_LOOP), where(k)
+
+
+def test_every_choice_that_selects_other_code_is_in_the_report():
+    from benchmarks.compile_report import VARIANTS, cases, name_of
+
     for arch in (80, 90, 100, 120):
-        plain = found["row_stats", "plain", arch]
-        assert plain <= found["row_stats", "entropy", arch] - 2
-        assert found["row_stats", "plain, V % 16", arch] <= plain + 0.5
-        assert found["row_dlogits", "plain, V % 16", arch] <= found["row_dlogits", "plain", arch] + 0.5
+        names = [(case.kernel, case.variant) for case in cases(arch)]
+        assert len(names) == len(set(names))
+        for kernel in (*WITH_LOOP, "fused_stats", "fused_dlogits"):
+            variants = {variant for name, variant in names if name == kernel}
+            assert {name_of(options) for options in VARIANTS} <= variants
+            assert {"plain, V % 16", "all options, V % 16", "all options, fp16"} <= variants
+        of = {kernel: [case for case in cases(arch) if case.kernel == kernel] for kernel, _ in names}
+        for kernel in ("row_stats", "fused_stats"):
+            assert {case.constants["ENTROPY"] for case in of[kernel]} == {False, True}
+        assert {"entropy_ptr" in case.types for case in of["finish"]} == {False, True}
+        assert {case.types["dx_ptr"] for case in of["row_dlogits"]} == {"*bf16", "*fp16", "*fp32"}
+        for kernel in WITH_LOOP:
+            assert {case.types.get("bias_ptr") for case in of[kernel]} == {None, "*bf16", "*fp16", "*fp32"}
+        scaled = {(case.types["out_ptr"], case.constants["IN_PLACE"]) for case in of["scale"]}
+        assert scaled == {("*fp32", True), ("*bf16", False), ("*fp16", False)}
+        for kernel in ("prm", "reward"):
+            assert {case.types["bounds_ptr"] for case in of[kernel]} == {"*i32", "*i64"}
 
 
 def test_what_is_wrong_with_a_kernel_is_named():
     from benchmarks.compile_report import Compiled, faults
 
-    good = Compiled("row_dlogits", "plain", 90, 40, 0, 0, 4, 3, False, load_bits=128, store_bits=128, per_logit=15.0)
+    good = Compiled(
+        "row_dlogits", "plain", 90, registers=40, spilled_bytes=0, shared_bytes=0, num_warps=4, num_stages=3,
+        is_gemm=False, load_bits=128, store_bits=128, rest_load_bits=128, rest_store_bits=64, per_logit=15.0,
+    )  # fmt: skip
     assert faults(good) == []
-    bad = Compiled(
-        "row_dlogits", "plain", 120, 255, 8, 1 << 17, 4, 3, False, load_bits=32, store_bits=16, per_logit=99.0
-    )
+    bad = replace(
+        good, arch=120, spilled_bytes=8, shared_bytes=1 << 17, load_bits=32, store_bits=16, rest_load_bits=None,
+        rest_store_bits=16, per_logit=99.0,
+    )  # fmt: skip
     assert [line.removeprefix("row_dlogits (plain) on sm_120 ") for line in faults(bad)] == [
         "spills 8 bytes",
         "takes 131072 bytes of shared memory, 101376 are there",
-        "loads 32 bits at a time",
-        "stores 16 bits at a time",
-        "takes 99.0 instructions a logit, 16.5 at the most",
+        "takes 99.0 instructions a logit, 16.0 at the most",
+        "has a load of 32 bits, 128 at the least",
+        "has no load of the rest that could be told from others",
+        "has a store of 16 bits, 128 at the least",
+        "has a store of the rest of 16 bits, 64 at the least",
     ]
+
+
+def test_settings_of_sm_80_must_fit_the_shared_memory_of_sm_86():
+    from benchmarks.compile_report import Compiled, faults
+
+    large = Compiled("fused_stats", "plain", 80, 255, 0, 100 << 10, 8, 4, True)
+    assert len(faults(large)) == 1
+    assert faults(replace(large, shared_bytes=99 << 10)) == []
 
 
 def test_every_kernel_of_the_package_is_in_the_report():

@@ -1,5 +1,7 @@
 """Arguments of any strides: columns of larger tensors, expanded ones, transposed ones."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -32,11 +34,10 @@ def test_numbers_between_those_of_an_argument_are_not_read(device, backend):
         prm = linear_prm_loss(hidden, weight, targets, change(rows[0]), change(bounds), change(outcomes), **head)
         loss = (out.logp * rows[1]).sum() + (out.entropy * change(rows[2])).sum() + ppo.loss + prm.loss
         loss.backward()
-        given = {"backend": "torch" if backend == "torch" else "triton"}
+        given: dict[str, Any] = {"backend": "torch" if backend == "torch" else "triton"}
         of_given = prm_loss(change(rows[1]), change(rows[0]), change(bounds), change(outcomes), **given)
-        whole = implicit_reward(
-            change(rows[1]), change(rows[0]), cu_seqlens=change(bounds), granularity="whole", mask=change(rows[2]), **given
-        )  # fmt: skip
+        given |= {"cu_seqlens": change(bounds), "granularity": "whole", "mask": change(rows[2])}
+        whole = implicit_reward(change(rows[1]), change(rows[0]), **given)
         found.append([*out, ppo.loss, *prm, *of_given, whole, *(t.grad for t in leaves)])
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-2 if a.dtype is BF16 else 1e-5, atol=1e-5)
