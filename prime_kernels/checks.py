@@ -1,7 +1,7 @@
 """Bad input is refused by name: the argument, what was found, what is wanted."""
 
 import os
-from math import inf
+import sys
 from numbers import Integral, Real
 from typing import Any
 
@@ -14,6 +14,7 @@ from .constants import INVALID
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # 1/temperature is a number in fp32 with room for the logits it multiplies.
 SMALLEST_TEMPERATURE = 1e-30
+LARGEST = sys.float_info.max
 
 
 def check_head_inputs(
@@ -68,6 +69,8 @@ def check_head_inputs(
             raise ValueError(f"softcap must be > 0 or None, got {softcap}")
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, Integral):
         raise TypeError(f"ignore_index must be an integer, got {type(ignore_index).__name__}")
+    if not -(1 << 63) <= ignore_index < 1 << 63:
+        raise ValueError(f"ignore_index must be an integer of 64 bits, got {ignore_index}")
 
 
 def may_read(t: Tensor) -> bool:
@@ -124,8 +127,23 @@ def check_number(
         raise ValueError(f"{name} must be >= {at_least:g}, got {value}")
     if above is not None and not number > above:
         raise ValueError(f"{name} must be > {above:g}, got {value}")
-    if finite and not -inf < number < inf:  # math.isfinite is no part of a graph
+    if finite and not -LARGEST <= number <= LARGEST:  # math.isfinite is no part of a graph
         raise ValueError(f"{name} must be finite, got {value}")
+
+
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """One of a few strings."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a string, got {type(value).__name__}")
+    if value not in choices:
+        *first, last = map(repr, choices)
+        raise ValueError(f"{name} must be {', '.join(first)} or {last}, got {value!r}")
+
+
+def check_flag(name: str, value: object) -> None:
+    """True or False, of Python or of a library that has its own."""
+    if type(value).__name__ not in ("bool", "bool_"):
+        raise TypeError(f"{name} must be True or False, got {type(value).__name__}")
 
 
 def real_number(value: Any) -> float:
@@ -147,6 +165,8 @@ def check_no_tangent(op: str, **inputs: object) -> None:
 def check_plain_tensor(name: str, t: object, hidden: Tensor | None) -> None:
     if not isinstance(t, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
+    if t.layout is not torch.strided:
+        raise TypeError(f"{name} must be a strided tensor, got one of layout {t.layout}")
     if is_dtensor(t):
         raise TypeError(
             f"{name} must be a plain tensor, got a DTensor {_shape(t)}: under FSDP2 call the op inside the forward "

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import gemm, vocab_parallel
 from .calls import HeadCall, head_arguments, open_head, open_rows, strategy_for, trained
-from .checks import check_no_tangent
+from .checks import check_flag, check_no_tangent
 from .onepass import Gradients, Wanted, loss_and_gradients
 from .operators import Derivative, Results, Saved, own, register
 from .plan import HALF_DTYPES, Tiling, keeps_logp_gradient, plan_tiling
@@ -223,6 +223,7 @@ def linear_logprob(
         hidden, weight, targets, bias=bias, temperature=temperature, softcap=softcap, ignore_index=ignore_index,
         backend=backend,
     )  # fmt: skip
+    check_flag("entropy", entropy)
     check_no_tangent("linear_logprob", hidden=hidden, weight=weight, bias=bias)
     group, needs = vocab_parallel.group_name(vocab_group), trained(head)
     frozen = list(needs.values()) == [True, False, False] and not group

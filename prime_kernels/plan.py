@@ -46,6 +46,8 @@ def choose_strategy(
     Raises:
         ValueError: the backend is unknown, or cannot run this dtype.
     """
+    if not isinstance(backend, str):
+        raise TypeError(f"backend must be a string, got {type(backend).__name__}")
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
     if backend == "auto":

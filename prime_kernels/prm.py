@@ -12,7 +12,16 @@ from torch.nn.functional import softplus
 
 from . import gemm
 from .calls import HeadCall, head_arguments, open_head, strategy_for, trained, working_on
-from .checks import check_logp, check_no_tangent, check_number, check_plain_tensor, check_rows, may_read, real_number
+from .checks import (
+    check_choice,
+    check_logp,
+    check_no_tangent,
+    check_number,
+    check_plain_tensor,
+    check_rows,
+    may_read,
+    real_number,
+)
 from .constants import IGNORED
 from .onepass import Gradients, Wanted, loss_and_gradients, of_stored_gradients
 from .operators import Derivative, Results, Saved, register
@@ -177,14 +186,14 @@ def _checked_sequences(
 ) -> dict[str, Any]:  # fmt: skip
     """What both operators take of sequences, but for their boundaries."""
     check_number("beta", beta, above=0.0)
-    if kind not in KINDS:
-        raise ValueError(f"kind must be 'ce' or 'dpo', got {kind!r}")
+    check_choice("kind", kind, KINDS)
     S = cu_seqlens.shape[0] - 1
     check_plain_tensor("outcomes", outcomes, None)
     if outcomes.shape != (S,):
         raise ValueError(f"outcomes must have shape [{S}], one a sequence, got {list(outcomes.shape)}")
     if outcomes.is_complex():
         raise TypeError(f"outcomes must hold real numbers, got {outcomes.dtype}")
+    _check_host_or("outcomes", outcomes, device)
     found = {"beta": real_number(beta), "outcomes": outcomes.detach().to(device, dtype).contiguous(), "group_ids": None}
     if kind == "ce":
         return found
@@ -193,7 +202,13 @@ def _checked_sequences(
     check_plain_tensor("group_ids", group_ids, None)
     if group_ids.shape != (S,):
         raise ValueError(f"group_ids must have shape [{S}] where kind is 'dpo', got {list(group_ids.shape)}")
+    _check_host_or("group_ids", group_ids, device)
     return found | {"group_ids": group_ids.to(device)}
+
+
+def _check_host_or(name: str, t: Tensor, device: torch.device) -> None:
+    if t.device.type != "cpu" and t.device != device:
+        raise ValueError(f"{name} must be on the host or on {device}, got {t.device}")
 
 
 def prm_loss(

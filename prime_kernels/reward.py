@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import gemm
 from .calls import strategy_for, working_on
-from .checks import check_logp, check_no_tangent, check_number, check_rows, real_number
+from .checks import check_choice, check_logp, check_no_tangent, check_number, check_rows, real_number
 from .operators import Derivative, Saved, register
 from .sequences import Sequences, cu_seqlens_of, flat, token_reward
 
@@ -121,8 +121,7 @@ def implicit_reward(
         TypeError, ValueError: an argument is off, beta is not positive, a sequence is empty.
     """
     check_number("beta", beta, above=0.0)
-    if granularity not in GRANULARITIES:
-        raise ValueError(f"granularity must be 'token', 'whole' or 'step', got {granularity!r}")
+    check_choice("granularity", granularity, GRANULARITIES)
     check_logp("prm_logp", prm_logp)
     check_rows(prm_logp, optional=("mask", "step_ends"), ref_logp=ref_logp, mask=mask, step_ends=step_ends)
     check_no_tangent("implicit_reward", prm_logp=prm_logp, ref_logp=ref_logp)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import gemm
 from .calls import HeadCall, head_arguments, open_head
-from .checks import check_no_tangent
+from .checks import check_flag, check_no_tangent
 from .constants import IGNORED
 from .onepass import Gradients, Wanted, give_away, loss_and_gradients, stored
 from .operators import anchor, first_order, is_shape_only, own
@@ -69,6 +69,11 @@ def linear_token_loss(
         hidden, weight, targets, bias=bias, temperature=temperature, softcap=softcap, ignore_index=ignore_index,
         backend=backend,
     )  # fmt: skip
+    check_flag("entropy", entropy)
+    if not callable(loss_fn):
+        raise TypeError(f"loss_fn must be a function, got {type(loss_fn).__name__}")
+    if isinstance(inputs, Tensor) or not isinstance(inputs, Sequence):
+        raise TypeError(f"inputs must be a sequence of tensors, got {type(inputs).__name__}")
     check_no_tangent("linear_token_loss", hidden=hidden, weight=weight, bias=bias)
     for i, t in enumerate(inputs):
         if not isinstance(t, Tensor):
