@@ -7,10 +7,10 @@ Triton, matrix instructions from the PTX. The settings are those of `prime_kerne
 each, where a figure is not what it should be (`faults`).
 
 Widths and instructions a logit are those of a row kernel's loop over whole blocks of logits, and "rest" is the last
-block, which has a mask. An instruction counts once, however seldom it is reached, such as the slow path of a division.
-A fused kernel's loop runs over the hidden size, and its epilogue cannot be told from it; only the width of
-`fused_dlogits`' stores is known, as it stores nothing but gradients. Elsewhere these figures are left out, as they are
-where a row kernel's loop does not read whole blocks of logits, so that it is not the one looked for.
+block, which has a mask. An instruction counts once, however seldom it is reached. A fused kernel's loop runs over the
+hidden size, and its epilogue cannot be told from it; only the width of `fused_dlogits`' stores is known, as it stores
+nothing but gradients. Elsewhere these figures are left out, as they are where a row kernel's loop does not read whole
+blocks of logits, so that it is not the one looked for.
 """
 
 import argparse
@@ -41,14 +41,20 @@ MATRIX_INSTRUCTION = {80: "mma.sync", 90: "wgmma", 100: "tcgen05.mma", 120: "mma
 # Bytes of shared memory that a program may take, and what else runs with an architecture's settings.
 SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 SAME_SETTINGS = {80: (86, 89)}
-LOAD_BITS, STORE_BITS = 128, 64  # at the least, of a row kernel's logits and of their gradients
+WIDE = 128  # bits at the least of an access to logits and to their gradients
 # Instructions a logit at the most: a little above what the compilers of Triton 3.6 to 3.9 make of it for any
 # architecture, dtype and end of the vocabulary. By kernel, then by `VARIANTS`.
 PER_LOGIT: dict[str, dict[str, float]] = {
-    "row_stats": {},
-    "row_dlogits": {},
-}
-INSTRUCTIONS = ("mma.sync", "wgmma", "tcgen05.mma", "cp.async.bulk.tensor", "setmaxnreg")
+    "row_stats": {
+        "plain": 18.0, "entropy": 22.0, "temperature": 19.0, "temperature entropy": 23.0, "bias": 25.5,
+        "softcap": 58.5, "all options": 72.5,
+    },
+    "row_dlogits": {
+        "plain": 16.5, "entropy": 22.0, "temperature": 17.5, "temperature entropy": 23.0, "bias": 19.5,
+        "softcap": 65.0, "all options": 73.5,
+    },
+}  # fmt: skip
+INSTRUCTIONS = ("mma.sync", "wgmma", "tcgen05.mma", "cp.async.cg", "cp.async.bulk.tensor", "setmaxnreg")
 
 Constants = Mapping[str, int | None]
 
@@ -231,10 +237,10 @@ def _stats_case(
     """`fused_stats` on whole tiles, or on the rest of a vocabulary that is no multiple of them, nor here of 16."""
     settings = plan.stats_settings(arch, ragged=rest, bias="bias_ptr" in types, softcap="softcap" in types)
     arguments, constants = _gemm(settings, dtype)
-    arguments |= {"partial_ptr": "*fp32"} | dict.fromkeys(("stride_k", "stride_state", "first_col"), "i32")
-    arguments |= {"tiles": "i32"} if tiles is None else {}
-    constants = {**constants, "RAGGED": rest, "ENTROPY": "entropy_ptr" in types}
-    constants = {**constants, **({} if tiles is None else {"tiles": tiles})}
+    integers = ("stride_k", "stride_state", "first_col", *(["tiles"] if tiles is None else []))
+    arguments |= {"partial_ptr": "*fp32"} | dict.fromkeys(integers, "i32")
+    one = {} if tiles is None else {"tiles": tiles}
+    constants = {**constants, **one, "RAGGED": rest, "ENTROPY": "entropy_ptr" in types}
     case = _case(
         "fused_stats", variant, fused.fused_stats_kernel, arguments, types, none, constants,
         settings.num_warps, settings.num_stages, is_gemm=True,
@@ -309,7 +315,8 @@ def _memory(case: Case, text: str) -> dict[str, Any]:
     }
     if "dx_ptr" in case.types:
         found["store_bits"] = min(loop.stores, default=None)
-        found["rest_store_bits"] = sass.narrowest(loop.outer_stores, BITS[case.types["dx_ptr"]] * case.logits)
+        rest = BITS[case.types["dx_ptr"]] * case.logits
+        found["rest_store_bits"] = sass.narrowest(loop.outer_stores, rest)
     return found
 
 
@@ -321,18 +328,21 @@ def faults(r: Compiled) -> list[str]:
     limit = min(SHARED_LIMIT[arch] for arch in (r.arch, *SAME_SETTINGS.get(r.arch, ())))
     if r.shared_bytes > limit:
         found.append(f"takes {r.shared_bytes} bytes of shared memory, {limit} are there")
+    moves: list[tuple[str, int | None, int]] = []
     if r.kernel in PER_LOGIT:
-        moves = [("load", r.load_bits, LOAD_BITS), ("load of the rest", r.rest_load_bits, LOAD_BITS)]
-        if r.kernel == "row_dlogits":
-            moves += [("store", r.store_bits, STORE_BITS), ("store of the rest", r.rest_store_bits, STORE_BITS)]
-        for what, width, least in moves:
-            if width is None:
-                found.append(f"has no {what} of logits that could be told from others")
-            elif width < least:
-                found.append(f"has a {what} of {width} bits, {least} at the least")
+        moves += [("load", r.load_bits, WIDE), ("load of the rest", r.rest_load_bits, WIDE)]
         most = PER_LOGIT[r.kernel][r.variant.split(",")[0]]
         if r.per_logit is not None and r.per_logit > most:
             found.append(f"takes {r.per_logit} instructions a logit, {most} at the most")
+    if r.kernel.endswith("dlogits"):
+        moves += [("store", r.store_bits, WIDE)]
+    if r.kernel == "row_dlogits":
+        moves += [("store of the rest", r.rest_store_bits, WIDE)]
+    for what, width, least in moves:
+        if width is None:
+            found.append(f"has no {what} that could be told from others")
+        elif width < least:
+            found.append(f"has a {what} of {width} bits, {least} at the least")
     return [f"{r.kernel} ({r.variant}) on sm_{r.arch} {fault}" for fault in found]
 
 

@@ -101,21 +101,23 @@ def fused_stats_kernel(
         offs_v = tl.arange(0, BLOCK_V)
         bias = None
         if bias_ptr is not None:
-            bias = tl.load(bias_ptr + col0 + offs_v, mask=offs_v < V - col0, other=0.0).to(tl.float32)[None, :]
+            if RAGGED:
+                bias = tl.load(bias_ptr + col0 + offs_v, mask=offs_v < V - col0, other=0.0)
+            else:
+                bias = tl.load(bias_ptr + col0 + offs_v)
+            bias = bias.to(tl.float32)[None, :]
         z = head_logit(x, bias, scale, softcap)
         is_target = offs_v[None, :] == (label - col0)[:, None]
         target += tl.sum(tl.where(is_target, z, 0.0), axis=1)
-        z = tl.where(is_target, _FLOOR, z)
+        # Not the floor: a tile may hold nothing but the target and banned tokens, and its sum must be 0.
+        z = tl.where(is_target, float("-inf"), z)
         if RAGGED:
-            z = tl.where((offs_v < V - col0)[None, :], z, _FLOOR)
+            z = tl.where((offs_v < V - col0)[None, :], z, float("-inf"))
         m_tile = tl.maximum(tl.max(z, axis=1), _FLOOR)
         d = z - m_tile[:, None]
         e = tl.exp(d)
-        if RAGGED:  # a tile may hold no token but the target, and then every d is 0
-            e = tl.where((offs_v < V - col0)[None, :] & ~is_target, e, 0.0)
         if ENTROPY:
-            if bias_ptr is not None:  # a bias of −inf bans a token
-                d = tl.maximum(d, _EXP_FLOOR)
+            d = tl.maximum(d, _EXP_FLOOR)
             m, s, u = merge(m, s, u, m_tile, tl.sum(e, axis=1), tl.sum(e * d, axis=1))
         else:
             m, s = merge_sums(m, s, m_tile, tl.sum(e, axis=1))

@@ -51,13 +51,11 @@ def block_stats(
     other = offs_v != label
     if RAGGED:
         other = other & (offs_v < V)
-    z = tl.where(other, z, _FLOOR)
+    # Not the floor: a block may hold nothing but the target and banned columns, and its sum must be 0.
+    z = tl.where(other, z, float("-inf"))
     m = tl.maximum(tl.max(z, axis=0), _FLOOR)
     d = z - m
     e = tl.exp(d)
-    if RAGGED or bias_ptr is not None:
-        # A block may hold nothing but the target and banned columns, and then every d is 0.
-        e = tl.where(other, e, 0.0)
     s = tl.sum(e, axis=0)
     u = s
     if ENTROPY:
@@ -79,24 +77,22 @@ def row_stats_kernel(
 
     m = tl.load(state_ptr + row)
     s = tl.load(state_ptr + stride_state + row)
-    # Whole blocks need no mask. The rest comes in smaller ones: fewer registers, fewer lanes beyond the last column.
-    REST_V: tl.constexpr = BLOCK_V // 4
     whole = V // BLOCK_V * BLOCK_V
     if ENTROPY:
         u = tl.load(state_ptr + 2 * stride_state + row)
         for start in range(0, whole, BLOCK_V):
             m_b, s_b, u_b = block_stats(x_row, bias_ptr, start, V, label, scale, softcap, True, False, BLOCK_V)
             m, s, u = merge(m, s, u, m_b, s_b, u_b)
-        for start in range(whole, V, REST_V):
-            m_b, s_b, u_b = block_stats(x_row, bias_ptr, start, V, label, scale, softcap, True, True, REST_V)
+        if whole < V:
+            m_b, s_b, u_b = block_stats(x_row, bias_ptr, whole, V, label, scale, softcap, True, True, BLOCK_V)
             m, s, u = merge(m, s, u, m_b, s_b, u_b)
         tl.store(state_ptr + 2 * stride_state + row, u)
     else:
         for start in range(0, whole, BLOCK_V):
             m_b, s_b, _ = block_stats(x_row, bias_ptr, start, V, label, scale, softcap, False, False, BLOCK_V)
             m, s = merge_sums(m, s, m_b, s_b)
-        for start in range(whole, V, REST_V):
-            m_b, s_b, _ = block_stats(x_row, bias_ptr, start, V, label, scale, softcap, False, True, REST_V)
+        if whole < V:
+            m_b, s_b, _ = block_stats(x_row, bias_ptr, whole, V, label, scale, softcap, False, True, BLOCK_V)
             m, s = merge_sums(m, s, m_b, s_b)
     tl.store(state_ptr + row, m)
     tl.store(state_ptr + stride_state + row, s)
@@ -188,18 +184,16 @@ def row_dlogits_kernel(
 
     x_row = x_ptr + row * stride_xn
     dx_row = dx_ptr + row * stride_dn
-    # Whole blocks need no mask. The rest comes in smaller ones: fewer registers, fewer lanes beyond the last column.
-    REST_V: tl.constexpr = BLOCK_V // 4
     whole = V // BLOCK_V * BLOCK_V
     for start in range(0, whole, BLOCK_V):
         block_gradient(
             x_row, bias_ptr, dx_row, start, V, label, scale, softcap, m, logsum, entropy, dlogp, others, dentropy,
             False, BLOCK_V,
         )  # fmt: skip
-    for start in range(whole, V, REST_V):
+    if whole < V:
         block_gradient(
-            x_row, bias_ptr, dx_row, start, V, label, scale, softcap, m, logsum, entropy, dlogp, others, dentropy,
-            True, REST_V,
+            x_row, bias_ptr, dx_row, whole, V, label, scale, softcap, m, logsum, entropy, dlogp, others, dentropy,
+            True, BLOCK_V,
         )  # fmt: skip
 
 

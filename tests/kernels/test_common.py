@@ -5,7 +5,8 @@ import torch
 import triton
 import triton.language as tl
 
-from prime_kernels.kernels.common import FLOOR, log1p, merge, tanh_and_slope
+from prime_kernels.constants import FLOOR
+from prime_kernels.kernels.common import log1p, merge, tanh_and_slope
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 BLOCK = 1024

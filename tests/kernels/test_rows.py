@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from prime_kernels.constants import FLOOR, INVALID, PADDED
-from prime_kernels.kernels import losses, rows
+from prime_kernels.kernels import fused, losses, rows
 
 N = 5
 
@@ -76,6 +76,43 @@ def test_a_dead_row_is_exactly_0_whatever_its_logits_and_statistics(V):
     rows.row_dlogits(x, None, codes, None, *stats, alive, one, alive, dx, 0, None)
     assert dx[dead].eq(0).all()
     assert dx[[0, 2, 4]].ne(0).any(1).all()
+
+
+@pytest.mark.parametrize("left", [1, 2, 3])
+@pytest.mark.parametrize("V", [13, 2048, 2049])
+def test_a_target_and_others_may_be_banned(V, left):
+    x, codes = padded(V, torch.nan), torch.full((N,), 2)  # column 2 is banned unless three are left
+    bias = torch.zeros(V)
+    bias[left:] = -torch.inf
+    logp, entropy, *_ = statistics(x, codes, bias, entropy=True)
+    log_p = (x.double() + bias).log_softmax(1)
+    torch.testing.assert_close(logp.double(), log_p[:, 2], rtol=1e-5, atol=1e-6)
+    want = torch.special.entr(log_p.exp()).sum(1)
+    torch.testing.assert_close(entropy.double(), want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("V", [13, 2048, 2049])
+def test_a_target_that_alone_is_not_banned_is_certain(V):
+    bias = torch.full((V,), -torch.inf)
+    bias[2] = 1.0
+    logp, entropy, *_ = statistics(padded(V, torch.nan), torch.full((N,), 2), bias, entropy=True)
+    assert logp.eq(0).all()
+    assert entropy.eq(0).all()
+
+
+@pytest.mark.parametrize("V", [13, 1024, 2048, 2049])
+def test_a_row_without_a_column_that_is_not_banned_is_no_distribution(V):
+    codes = torch.tensor([0, V - 1, V // 2, 0, V // 3])
+    bias = torch.full((V,), -torch.inf)
+    logp, entropy, *_ = statistics(padded(V, torch.nan), codes, bias, entropy=True)
+    found = [logp, entropy, *statistics(torch.full_like(padded(V, 0.0), -torch.inf), codes, None, entropy=True)[:2]]
+    g = torch.Generator().manual_seed(V)
+    h, w = (torch.randn(n, 16, generator=g).bfloat16() for n in (N, V))
+    partials = fused.fused_stats(h, w, bias, codes, None, None, 0, 4, True)
+    of_fused = [torch.empty(N) for _ in range(4)]
+    rows.finish(partials, codes, *of_fused)
+    for result in (*found, *of_fused[:2]):
+        assert result.isnan().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
