@@ -127,8 +127,13 @@ def make_tiles(strategy: Strategy, hidden: Tensor, *, entropy: bool) -> Tiles:
 
 
 def _aligned(t: Tensor) -> bool:
-    """Whether rows of t start at multiples of 16 bytes and lie in one piece each, as asynchronous copies read them."""
-    return t.stride(1) == 1 and t.stride(0) * t.itemsize % 16 == 0 and t.data_ptr() % 16 == 0
+    """Whether rows of t start at multiples of 16 bytes and lie in one piece each, as asynchronous copies read them.
+
+    So must rows of a dense copy, which may take its place.
+    """
+    D = t.shape[1]
+    starts = (t.data_ptr(), t.stride(0) * t.itemsize, D * t.itemsize)
+    return t.stride(1) == 1 and t.stride(0) >= D and all(start % 16 == 0 for start in starts)
 
 
 def _autocast(t: Any) -> Any:

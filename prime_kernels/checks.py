@@ -99,7 +99,7 @@ def check_rows(like: Tensor, *, optional: tuple[str, ...] = (), **rows: Tensor |
     for name, t in rows.items():
         if t is None and name in optional:
             continue
-        check_plain_tensor(name, t, like)
+        check_plain_tensor(name, t, like, "the tokens'")
         assert t is not None
         if t.shape != like.shape:
             raise ValueError(f"{name} must have the tokens' shape {_shape(like)}, got {_shape(t)}")
@@ -162,7 +162,7 @@ def check_no_tangent(op: str, **inputs: object) -> None:
             )
 
 
-def check_plain_tensor(name: str, t: object, hidden: Tensor | None) -> None:
+def check_plain_tensor(name: str, t: object, like: Tensor | None, whose: str = "hidden's") -> None:
     if not isinstance(t, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
     if t.layout is not torch.strided:
@@ -172,8 +172,8 @@ def check_plain_tensor(name: str, t: object, hidden: Tensor | None) -> None:
             f"{name} must be a plain tensor, got a DTensor {_shape(t)}: under FSDP2 call the op inside the forward "
             f"of the module that owns the parameter, where it is gathered, or pass {name}.full_tensor()"
         )
-    if hidden is not None and t.device != hidden.device:
-        raise ValueError(f"{name} must be on hidden's device {hidden.device}, got {t.device}")
+    if like is not None and t.device != like.device:
+        raise ValueError(f"{name} must be on {whose} device {like.device}, got {t.device}")
 
 
 def is_dtensor(t: Tensor) -> bool:

@@ -4,6 +4,7 @@ On CUDA, 16-bit operands feed the tensor cores and results leave as fp32 (`out_d
 `operand` copies a tile of 16-bit operands to fp32 first, where products of 16-bit numbers are exact.
 """
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Lock
@@ -48,12 +49,21 @@ class _ProcessFlags:
 
     def enter(self) -> None:
         with self.lock:
-            if self.inside == 0:
-                self.before = {name: getattr(torch._C, f"_get_cublas_{name}")() for name in FLAGS}
-                for name, value in self.before.items():
-                    # Of a pair the second says whether split-K is allowed, which is the user's to say.
-                    _set_flag(name, (False, *value[1:]) if isinstance(value, tuple) else False)
+            for name in FLAGS:
+                value = getattr(torch._C, f"_get_cublas_{name}")()
+                # Of a pair the second says whether split-K is allowed, which is the user's to say.
+                forbidden = (False, *value[1:]) if isinstance(value, tuple) else False
+                if self.inside == 0 or value != forbidden:  # allowed meanwhile: the user's newest choice
+                    self.before[name] = value
+                    _set_flag(name, forbidden)
             self.inside += 1
+
+    def forked(self) -> None:
+        """In a child process: the operators that were running are its parent's."""
+        self.lock = Lock()
+        if self.inside:
+            self.inside = 1
+            self.leave()
 
     def leave(self) -> None:
         with self.lock:
@@ -65,6 +75,8 @@ class _ProcessFlags:
 
 FLAGS = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction", "allow_fp16_accumulation")
 _flags = _ProcessFlags()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_flags.forked)
 
 
 def _set_flag(name: str, value: Any) -> None:

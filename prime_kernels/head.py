@@ -43,8 +43,7 @@ class LogProbHead(nn.Linear):
             TypeError: the layer computes something else than `nn.Linear` does, such as one with LoRA adapters or
                 quantised weights, which the head would leave out.
         """
-        plain = isinstance(linear, nn.Linear) and type(linear).forward in (nn.Linear.forward, LogProbHead.forward)
-        if not plain or "forward" in vars(linear):
+        if not _computes_linear(linear):
             raise TypeError(
                 f"from_linear takes a layer that computes what nn.Linear does, got {type(linear).__module__}."
                 f"{type(linear).__name__}: merge its adapters or dequantise it first"
@@ -54,6 +53,10 @@ class LogProbHead(nn.Linear):
         head.bias = linear.bias
         head.train(linear.training)
         return head
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        _keep_heads()
 
     def __call__(self, hidden: Tensor, targets: Tensor | None = None, *args: Any, **options: Any) -> Any:
         if targets is None and not args and not options:
@@ -110,7 +113,15 @@ def _keep_heads() -> None:
         _hook = register_module_module_registration_hook(_replacement)  # type: ignore[arg-type]
 
 
+def _computes_linear(layer: nn.Module) -> bool:
+    """Whether a layer does what `nn.Linear` does with a weight of its own, and nothing besides."""
+    forward = getattr(type(layer), "forward", None)
+    own = isinstance(layer, nn.Linear) and forward in (nn.Linear.forward, LogProbHead.forward)
+    return own and "forward" not in vars(layer) and "weight" in layer._parameters
+
+
 def _replacement(parent: nn.Module, name: str, module: nn.Module | None) -> nn.Module | None:
-    if type(module) is nn.Linear and isinstance(parent._modules.get(name), LogProbHead):
+    replaces = isinstance(parent._modules.get(name), LogProbHead)
+    if replaces and isinstance(module, nn.Linear) and type(module) is nn.Linear and _computes_linear(module):
         return LogProbHead.from_linear(module)
     return None

@@ -59,6 +59,8 @@ def choose_strategy(
     if backend == "fused":
         if dtype not in HALF_DTYPES:
             raise ValueError(f"backend='fused' takes hidden of bfloat16 or float16, got {dtype}; use 'chunked'")
+        if 0 < arch < 80:
+            raise ValueError(f"backend='fused' needs a GPU of sm_80 or newer, got sm_{arch}; use backend='torch'")
         return "fused" if aligned else "chunked"
     if dtype not in TRITON_DTYPES:
         raise ValueError(
@@ -105,7 +107,7 @@ def plan_tiling(N: int, D: int, V: int, *, workspace: int, bytes_per_logit: int,
         rows = _even_share(N, limit, multiple=128)
         resident = N
         if half:
-            fits = workspace // 2 // (4 * D)
+            fits = workspace // 2 // (4 * max(D, 1))
             resident = N if fits >= N else fits // rows * rows
         fixed = rows * 112 + N * 24
         fixed += 4 * D * (max(resident, rows) if half else rows)

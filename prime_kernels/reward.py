@@ -78,8 +78,8 @@ def _landing(sequences: Sequences, mask: Tensor | None, step_ends: Tensor | None
 def _reward_gradients(saved: Saved[RewardCall], upstream: Tensor) -> dict[str, Tensor]:
     mask, cu_seqlens, step_ends = saved.tensors
     if cu_seqlens is not None:
-        bounds = cu_seqlens.to(upstream.device)
         T = upstream.shape[0]
+        bounds = cu_seqlens.to(upstream.device).clamp(0, T)  # those on a device were not read
         upstream = upstream[_landing(Sequences(bounds, None, None), mask, step_ends, T)]
     gradient = saved.options.beta * upstream
     gradient = gradient if mask is None else torch.where(mask == 0, 0, gradient * mask)

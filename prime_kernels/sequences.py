@@ -81,7 +81,9 @@ def _moved(cu_seqlens: Tensor, device: torch.device) -> Tensor:
         return cu_seqlens.to(device)
     if _capturing(device):
         raise ValueError("cu_seqlens must be on the tokens' device while a CUDA graph is captured, got one on the host")
-    return cu_seqlens.pin_memory().to(device, non_blocking=True)
+    # A copy of our own: the user may write to the original before the device has read it.
+    pinned = torch.empty_like(cu_seqlens, pin_memory=True).copy_(cu_seqlens)
+    return pinned.to(device, non_blocking=True)
 
 
 def _capturing(device: torch.device) -> bool:
@@ -110,7 +112,7 @@ def cu_seqlens_of(logp: Tensor, cu_seqlens: Tensor | None, use_triton: bool) -> 
         return checked_cu_seqlens(cu_seqlens, logp)
     if logp.dim() != 2 or logp.numel() == 0:
         raise ValueError(f"prm_logp must have shape [S, L] without cu_seqlens, got {list(logp.shape)}")
-    return torch.arange(logp.shape[0] + 1, device=logp.device if use_triton else None) * logp.shape[1]
+    return torch.arange(logp.shape[0] + 1, device=logp.device if use_triton else "cpu") * logp.shape[1]
 
 
 def flat(t: Tensor | None, dtype: torch.dtype) -> Any:

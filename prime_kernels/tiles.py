@@ -8,6 +8,7 @@ sweeps of `sweep.py` and `onepass.py` are written once on top of them. The two T
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from functools import partial
+from math import log
 
 import torch
 from torch import Tensor
@@ -192,7 +193,7 @@ class TorchTiles(LogitTiles):
         self.entropy = entropy
         self.dtype = gemm.stats_dtype(hidden.dtype)
         info = torch.finfo(self.dtype)
-        self.exp_floor = 2 * torch.log(torch.tensor(info.tiny, dtype=torch.float64)).item()  # e^exp_floor is 0
+        self.exp_floor = 2 * log(info.tiny)  # e^exp_floor is 0
         # Logits, their exponentials, tanh under a softcap; on a GPU also the gradient in 16 bits.
         self.bytes_per_logit = 3 * self.dtype.itemsize + (2 if hidden.is_cuda else 0)
 

@@ -1,5 +1,7 @@
 """How much scratch memory an op may take beyond its inputs, outputs and gradients."""
 
+from numbers import Integral
+
 MIB = 1 << 20
 
 DEFAULT_LOGPROB_WORKSPACE = 512 * MIB
@@ -20,9 +22,9 @@ def set_workspace(nbytes: int | None) -> None:
             by that call.
     """
     global _override
-    if nbytes is not None and (not isinstance(nbytes, int) or nbytes <= 0):
+    if nbytes is not None and (isinstance(nbytes, bool) or not isinstance(nbytes, Integral) or nbytes <= 0):
         raise ValueError(f"nbytes must be a positive number of bytes or None, got {nbytes!r}")
-    _override = nbytes
+    _override = None if nbytes is None else int(nbytes)
 
 
 def one_pass_workspace() -> int:

@@ -162,7 +162,7 @@ def reward_kernel(
         r = token_reward(prm_ptr, ref_ptr, mask_ptr, offs, inside, beta)
         if not EACH:
             closes = offs == last
-            opens = offs == begin
+            opens = (offs == begin) | (offs == last + 1)
             if end_ptr is not None:
                 closes = closes | (tl.load(end_ptr + offs, mask=inside, other=0) != 0)
                 opens = opens | (tl.load(end_ptr + offs - 1, mask=inside & (offs > begin), other=0) != 0)

@@ -160,7 +160,12 @@ def test_ignored_targets_need_not_be_in_range():
     assert call(targets=torch.full((2, 3), 99), ignore_index=99).logp.eq(0).all()
 
 
-@pytest.mark.parametrize("nbytes", [0, -1, 1.5, "1"])
+def test_a_workspace_of_numpys_is_one():
+    set_workspace(np.int64(1 << 20))
+    set_workspace(None)
+
+
+@pytest.mark.parametrize("nbytes", [0, -1, 1.5, "1", True])
 def test_workspace_must_be_a_positive_number_of_bytes(nbytes):
     with pytest.raises(ValueError, match="nbytes must be a positive number of bytes or None"):
         set_workspace(nbytes)

@@ -74,6 +74,24 @@ def test_flags_are_restored_by_the_last_thread_that_leaves(users_choice):
     assert seen == [False] * 20
 
 
+def test_what_the_user_allows_while_an_op_runs_is_forbidden_to_the_next_and_kept(users_choice):
+    users_choice(False, True)
+    with gemm.full_precision_sums():
+        users_choice(True, True)
+        with gemm.full_precision_sums():
+            assert torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction is False
+    assert torch._C._get_cublas_allow_bf16_reduced_precision_reduction() == (True, True)
+
+
+def test_a_process_forked_inside_an_op_has_the_flags_as_they_were(users_choice):
+    users_choice(True, True)
+    with gemm.full_precision_sums():
+        gemm._flags.forked()  # as a child does first
+        assert torch._C._get_cublas_allow_bf16_reduced_precision_reduction() == (True, True)
+        assert gemm._flags.inside == 0
+        gemm._flags.inside = 1  # the parent's own
+
+
 def test_an_error_inside_an_op_leaves_the_flags_as_they_were(users_choice):
     users_choice(False, False)
     before = flags()

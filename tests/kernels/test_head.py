@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.utils.prune
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -143,6 +144,14 @@ def test_resizing_the_vocabulary_of_a_model_keeps_its_head(size):
     least = min(size, V)
     assert torch.equal(model.lm_head.weight[:least], before[:least])
     assert model.lm_head(torch.randn(3, D), torch.tensor([0, 1, 2])).logp.shape == (3,)
+
+
+def test_a_layer_whose_weight_is_made_of_others_is_refused_and_left_alone_in_a_heads_place():
+    model, pruned = Model(), torch.nn.utils.prune.random_unstructured(nn.Linear(D, V), "weight", amount=0.5)
+    with pytest.raises(TypeError, match="merge its adapters or dequantise it first"):
+        LogProbHead.from_linear(pruned)
+    model.head = pruned
+    assert model.head is pruned
 
 
 def test_layers_that_take_no_heads_place_stay_as_they_are():

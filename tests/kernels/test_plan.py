@@ -35,6 +35,8 @@ def test_strategy_refuses_what_no_kernel_takes():
         choose_strategy("cuda", arch=90, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match=r"backend='fused' takes hidden of bfloat16 or float16, got torch.float32"):
         choose_strategy("fused", arch=90, dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"backend='fused' needs a GPU of sm_80 or newer, got sm_75"):
+        choose_strategy("fused", arch=75, dtype=torch.float16)
     with pytest.raises(ValueError, match=r"backend='triton' takes .* got torch.float64; use backend='torch'"):
         choose_strategy("triton", arch=90, dtype=torch.float64)
 

@@ -5,7 +5,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from prime_kernels import implicit_reward, linear_prm_loss, prm_loss
+from prime_kernels import implicit_reward, linear_prm_loss, prm_loss, reference
 from prime_kernels import sequences as module
 from prime_kernels.reward import _shares
 from prime_kernels.sequences import Sequences
@@ -107,6 +107,28 @@ def test_bad_boundaries_that_nobody_read_give_nan_and_read_nothing_outside(unrea
     assert out.reward.isnan().all()
     rewards = implicit_reward(logp, ref, cu_seqlens=bounds, granularity="whole", backend="triton")
     assert rewards.isnan().all()
+
+
+@pytest.mark.parametrize("bad", [[0, 5, 60], [-3, 5, 70], [0, -1, 99]])
+def test_nor_does_the_gradient_of_rewards_read_outside(unread, bad):
+    logp, mask = torch.full((T,), -1.0, requires_grad=True), torch.zeros(T)
+    rewards = implicit_reward(
+        logp, torch.zeros(T), cu_seqlens=torch.tensor(bad), granularity="whole", mask=mask, backend="triton"
+    )  # fmt: skip
+    rewards.sum().backward()
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_step_that_ends_behind_the_last_token_that_counts_is_summed_once(backend, seed):
+    g = torch.Generator().manual_seed(seed)
+    logp, ref = torch.randn(T, generator=g), torch.randn(T, generator=g)
+    mask, ends = (torch.rand(T, generator=g) > 0.4).float(), torch.rand(T, generator=g) > 0.7
+    mask[[19, 28, 49]] = 0  # the last tokens of three sequences do not count,
+    ends[[19, 28, 49]] = True  # and each ends a step
+    options = {"mask": mask, "cu_seqlens": torch.tensor(BOUNDS), "granularity": "step", "step_ends": ends, "beta": 0.5}
+    want = reference.implicit_reward(logp, ref, **options)
+    torch.testing.assert_close(implicit_reward(logp, ref, backend=backend, **options), want)
 
 
 @pytest.mark.gpu

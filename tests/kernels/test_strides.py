@@ -1,11 +1,12 @@
 """Arguments of any strides: columns of larger tensors, expanded ones, transposed ones."""
 
+import math
 from typing import Any
 
 import pytest
 import torch
 
-from prime_kernels import implicit_reward, linear_logprob, linear_ppo_loss, linear_prm_loss, prm_loss
+from prime_kernels import implicit_reward, linear_logprob, linear_ppo_loss, linear_prm_loss, linear_token_loss, prm_loss
 from tests.support.oracle import BF16, F32, RUNS, make_inputs
 
 N, D, V = 21, 16, 37
@@ -50,3 +51,36 @@ def test_one_number_may_stand_for_all(device, backend):
     one = torch.ones(1, device=device)
     out = linear_logprob(x.hidden, x.weight, x.targets, bias=zero.expand(V), temperature=one.expand(N), backend=backend)
     torch.testing.assert_close(out.logp, linear_logprob(x.hidden, x.weight, x.targets, backend=backend).logp)
+
+
+@pytest.mark.parametrize("width", [58, 60, 62])
+@pytest.mark.parametrize("dtype", [BF16, torch.float16])
+def test_padded_rows_of_a_width_that_no_dense_copy_could_align_run_chunked(width, dtype):
+    g = torch.Generator().manual_seed(width)
+    hidden, weight = (torch.randn(n, 64, generator=g).to(dtype)[:, :width].detach().requires_grad_() for n in (20, 70))
+    targets = torch.arange(20)
+    for op in (
+        lambda backend: linear_logprob(hidden, weight, targets, backend=backend).logp.sum(),
+        lambda backend: linear_ppo_loss(hidden, weight, targets, *torch.ones(3, 20), backend=backend).loss,
+    ):
+        fused, chunked = (torch.autograd.grad(op(backend), (hidden, weight)) for backend in ("fused", "chunked"))
+        assert all(torch.equal(a, b) for a, b in zip(fused, chunked, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, torch.float16])
+@pytest.mark.parametrize("backend", ["torch", "chunked"])
+def test_a_hidden_size_of_0_makes_every_token_as_likely(backend, dtype):
+    hidden, weight = torch.zeros(3, 0, dtype=dtype).requires_grad_(), torch.zeros(5, 0, dtype=dtype).requires_grad_()
+    out = linear_logprob(hidden, weight, torch.tensor([0, 1, 4]), entropy=True, backend=backend)
+    out.logp.sum().backward()
+    torch.testing.assert_close(out.logp, torch.full((3,), -math.log(5)))
+    torch.testing.assert_close(out.entropy, torch.full((3,), math.log(5)))
+
+
+def test_the_default_device_is_none_of_the_ops_business():
+    x = make_inputs(N, D, V, F32, "cpu")
+    logp, ref = torch.randn(2, 5), torch.randn(2, 5)
+    with torch.device("meta"):
+        assert linear_logprob(x.hidden, x.weight, x.targets).logp.device.type == "cpu"
+        assert linear_token_loss(x.hidden, x.weight, x.targets, lambda logp, _: -logp).loss.device.type == "cpu"
+        assert implicit_reward(logp, ref, granularity="whole").device.type == "cpu"
