@@ -65,7 +65,8 @@ class LogProbHead(nn.Linear):
 
     def forward(self, hidden: Tensor, targets: Tensor | None = None, *args: Any, **options: Any) -> Any:  # type: ignore[override]
         if len(args) == 1 and isinstance(args[0], _Bound):
-            args, options = args[0].args, dict(args[0].options)
+            # What a hook or a subclass has added stands beside them.
+            args, options = args[0].args, {**args[0].options, **options}
         op: Callable[..., Any] = options.pop("op", linear_logprob)
         if targets is None:
             if args or options:

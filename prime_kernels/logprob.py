@@ -224,7 +224,7 @@ def linear_logprob(
         backend=backend,
     )  # fmt: skip
     check_flag("entropy", entropy)
-    check_no_tangent("linear_logprob", hidden=hidden, weight=weight, bias=bias)
+    check_no_tangent("linear_logprob", hidden=hidden, weight=weight, bias=bias, temperature=temperature)
     group, needs = vocab_parallel.group_name(vocab_group), trained(head)
     frozen = list(needs.values()) == [True, False, False] and not group
     if frozen and _keeps_gradient(head["hidden"], frozen=frozen, entropy=entropy, backend=backend):

@@ -294,7 +294,7 @@ def linear_ppo_loss(
         hidden, weight, targets, bias=bias, temperature=temperature, softcap=softcap, ignore_index=ignore_index,
         backend=backend,
     )  # fmt: skip
-    check_no_tangent("linear_ppo_loss", hidden=hidden, weight=weight, bias=bias)
+    check_no_tangent("linear_ppo_loss", hidden=hidden, weight=weight, bias=bias, temperature=temperature)
     options = _checked_options(clip_low, clip_high, dual_clip, entropy_coef, kl_coef, ref_logp)
     rows = _flat_rows(
         targets, gemm.stats_dtype(head["hidden"].dtype), kl_coef, old_logp=old_logp, advantages=advantages,

@@ -85,7 +85,7 @@ def _sequence_terms(
         else:
             loss, dlogit = _dpo(logits, outcomes, group_ids)
         dlogp = (dlogit * (beta / total))[sequences.of_tokens(logp.shape[0])]
-        dlogp = dlogp if mask is None else dlogp * mask
+        dlogp = dlogp if mask is None else torch.where(mask == 0, 0, dlogp * mask)
     if sequences.poison is not None:
         reward, logits, loss, dlogp = (t + sequences.poison for t in (reward, logits, loss, dlogp))
     return reward, logits, loss, dlogp
@@ -243,7 +243,7 @@ def prm_loss(
     use_triton = strategy_for(prm_logp, backend) != "torch"
     cu_seqlens = cu_seqlens_of(prm_logp, cu_seqlens, use_triton)
     check_rows(prm_logp, optional=("mask",), ref_logp=ref_logp, mask=mask)
-    check_no_tangent("prm_loss", prm_logp=prm_logp)
+    check_no_tangent("prm_loss", prm_logp=prm_logp, ref_logp=ref_logp, mask=mask)
     dtype = gemm.stats_dtype(prm_logp.dtype)
     loss, reward, logits, _ = _prm_loss(
         prm_logp=flat(prm_logp, dtype), ref_logp=flat(ref_logp.detach(), dtype), mask=flat(mask, dtype),
@@ -280,7 +280,7 @@ def linear_prm_loss(
         hidden, weight, targets, bias=bias, temperature=temperature, softcap=softcap, ignore_index=ignore_index,
         backend=backend,
     )  # fmt: skip
-    check_no_tangent("linear_prm_loss", hidden=hidden, weight=weight, bias=bias)
+    check_no_tangent("linear_prm_loss", hidden=hidden, weight=weight, bias=bias, temperature=temperature, mask=mask)
     if targets.dim() != 1:
         raise ValueError(f"targets must have shape [T], packed, got {list(targets.shape)}")
     checked_cu_seqlens(cu_seqlens, targets)

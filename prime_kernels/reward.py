@@ -124,7 +124,7 @@ def implicit_reward(
     check_choice("granularity", granularity, GRANULARITIES)
     check_logp("prm_logp", prm_logp)
     check_rows(prm_logp, optional=("mask", "step_ends"), ref_logp=ref_logp, mask=mask, step_ends=step_ends)
-    check_no_tangent("implicit_reward", prm_logp=prm_logp, ref_logp=ref_logp)
+    check_no_tangent("implicit_reward", prm_logp=prm_logp, ref_logp=ref_logp, mask=mask)
     if (granularity == "step") != (step_ends is not None):
         raise ValueError(f"step_ends must be given for granularity 'step' and for it alone, got {granularity!r}")
     dtype, use_triton = gemm.stats_dtype(prm_logp.dtype), strategy_for(prm_logp, backend) != "torch"

@@ -74,7 +74,7 @@ def linear_token_loss(
         raise TypeError(f"loss_fn must be a function, got {type(loss_fn).__name__}")
     if isinstance(inputs, Tensor) or not isinstance(inputs, Sequence):
         raise TypeError(f"inputs must be a sequence of tensors, got {type(inputs).__name__}")
-    check_no_tangent("linear_token_loss", hidden=hidden, weight=weight, bias=bias)
+    check_no_tangent("linear_token_loss", hidden=hidden, weight=weight, bias=bias, temperature=temperature)
     for i, t in enumerate(inputs):
         if not isinstance(t, Tensor):
             raise TypeError(f"inputs[{i}] must be a tensor, got {type(t).__name__}")
@@ -134,7 +134,7 @@ def _numbers(
             if stats.entropy is not None:
                 row_entropy[at] = stats.entropy
             loss, dlogp, dentropy = _differentiate(
-                loss_fn, stats.logp, stats.entropy, [t[at] for t in inputs], bool(wanted), first=at.start == 0
+                loss_fn, stats.logp, stats.entropy, [t[at] for t in inputs], bool(wanted)
             )
             token_loss[at] = torch.where(rows.codes[at] != IGNORED, loss, 0)
             return dlogp, dentropy
@@ -156,7 +156,7 @@ def _shapes(
 
 
 def _differentiate(
-    loss_fn: LossFn, logp: Tensor, entropy: Tensor | None, inputs: list[Tensor], wanted: bool, *, first: bool
+    loss_fn: LossFn, logp: Tensor, entropy: Tensor | None, inputs: list[Tensor], wanted: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """loss_fn's values [n] and its derivatives with respect to logp and entropy."""
     leaves = [logp.detach().requires_grad_(wanted)]
@@ -169,8 +169,7 @@ def _differentiate(
         raise ValueError(f"loss_fn must return a loss for each of {len(logp)} tokens, got {found}")
     dlogp, dentropy = torch.zeros_like(logp), None
     if wanted and loss.requires_grad:
-        if first:
-            _refuse_closures(loss, leaves)
+        _refuse_closures(loss, leaves)
         found_grads = torch.autograd.grad(loss, leaves, torch.ones_like(loss), allow_unused=True)
         dlogp = dlogp if found_grads[0] is None else found_grads[0]
         dentropy = found_grads[1] if entropy is not None else None

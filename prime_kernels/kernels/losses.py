@@ -129,8 +129,11 @@ def prm_kernel(
         for start in range(begin, end, BLOCK):
             offs = start + tl.arange(0, BLOCK)
             inside = offs < end
-            kept = tl.load(mask_ptr + offs, mask=inside, other=0.0) if mask_ptr is not None else 1.0
-            tl.store(dlogp_ptr + offs, tl.zeros((BLOCK,), tl.float32) + d * kept, mask=inside)
+            dlogp = tl.zeros((BLOCK,), tl.float32) + d
+            if mask_ptr is not None:
+                kept = tl.load(mask_ptr + offs, mask=inside, other=0.0)
+                dlogp = tl.where(kept == 0.0, 0.0, dlogp * kept)
+            tl.store(dlogp_ptr + offs, dlogp, mask=inside)
 
 
 @triton.jit

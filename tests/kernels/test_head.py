@@ -154,6 +154,23 @@ def test_a_layer_whose_weight_is_made_of_others_is_refused_and_left_alone_in_a_h
     assert model.head is pruned
 
 
+class Cooler(LogProbHead):
+    """A head with an option of its own."""
+
+    def forward(self, hidden, targets=None, *args, **options):
+        return super().forward(hidden, targets, *args, **{"temperature": 0.5, **options})
+
+
+def test_an_option_that_a_subclass_or_a_hook_adds_counts():
+    x = make_inputs(N, D, V, F32, "cpu")
+    cooler, hooked = Cooler(D, V), LogProbHead(D, V)
+    hooked.load_state_dict(cooler.state_dict())
+    hooked.register_forward_pre_hook(lambda _, args, options: (args, {**options, "temperature": 0.5}), with_kwargs=True)
+    want = linear_logprob(x.hidden, cooler.weight, x.targets, bias=cooler.bias, temperature=0.5).logp
+    assert torch.equal(cooler(x.hidden, x.targets).logp, want)
+    assert torch.equal(hooked(x.hidden, x.targets).logp, want)
+
+
 def test_layers_that_take_no_heads_place_stay_as_they_are():
     model = Model()
     replaced, other = nn.Linear(D, D), Scaled(D, V)

@@ -9,6 +9,7 @@ from prime_kernels import (
     linear_prm_loss,
     linear_token_loss,
     ppo_clip_loss,
+    prm_loss,
     reference,
 )  # fmt: skip
 from tests.support.oracle import BF16, F32, F64, RUNS, dtypes_of, make_inputs
@@ -210,3 +211,15 @@ def test_a_reference_without_a_coefficient_is_not_looked_at():
     logp, one = torch.full((2,), -1.0), torch.ones(2)
     out = ppo_clip_loss(logp, logp, one, one, ref_logp=torch.full((2,), torch.nan))
     assert out.loss == -2
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_masked_tokens_gradient_is_0_beside_a_token_that_is_nan(backend):
+    logp = torch.randn(8)
+    logp[3] = torch.nan
+    logp.requires_grad_()
+    mask = torch.ones(8)
+    mask[5] = 0
+    prm_loss(logp, torch.zeros(8), torch.tensor([0, 8]), torch.ones(1), mask=mask, backend=backend).loss.backward()
+    assert logp.grad[5] == 0
+    assert logp.grad[0].isnan()

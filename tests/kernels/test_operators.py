@@ -157,6 +157,15 @@ def test_a_forward_mode_derivative_is_refused_not_dropped(name):
         )  # fmt: skip
 
 
+def test_so_is_that_of_a_temperature_or_a_mask():
+    hidden, weight, targets, *_ = (t.detach() for t in arguments(6))
+    tau = torch.ones(6)
+    with pytest.raises(NotImplementedError, match="and temperature carries a tangent"):
+        torch.func.jvp(lambda t: linear_logprob(hidden, weight, targets, temperature=t).logp, (tau,), (tau,))
+    with pytest.raises(NotImplementedError, match="and mask carries a tangent"):
+        torch.func.jvp(lambda m: implicit_reward(tau, -tau, mask=m), (tau,), (tau,))
+
+
 @pytest.mark.parametrize("name", OPS)
 def test_derivatives_of_function_transforms_are_refused(name):
     hidden, weight, targets, bounds, outcomes = (t.detach() for t in arguments(6))
