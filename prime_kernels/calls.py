@@ -1,7 +1,7 @@
 """The way into every op on a head: from a user's arguments to checked tensors, and from those to tiles."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +49,11 @@ def head_arguments(
     }  # fmt: skip
 
 
+def flat(t: Tensor | None, dtype: torch.dtype) -> Any:
+    """Per-token numbers as kernels read them: [N], side by side, in the log-probs' dtype."""
+    return None if t is None else t.to(dtype).reshape(-1).contiguous()
+
+
 def trained(head: dict[str, Any]) -> dict[str, bool]:
     """Which of a head's tensors get a gradient."""
     wanted = {"need_dh": head["hidden"], "need_dw": head["weight"], "need_dbias": head["bias"]}
@@ -90,17 +95,12 @@ def working_on(t: Tensor) -> Iterator[None]:
     Triton launches on the current device, which need not be the tensors'. Autocast has done its part on the arguments.
     """
     device = t.device.type
-    with torch.amp.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else _nothing():
+    with torch.amp.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
         if not t.is_cuda:
             yield
             return
         with gemm.full_precision_sums(), torch.cuda.device(t.device):
             yield
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
 
 
 def strategy_for(hidden: Tensor, backend: str, weight: Tensor | None = None) -> Strategy:

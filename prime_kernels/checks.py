@@ -63,10 +63,7 @@ def check_head_inputs(
         check_number("temperature", temperature, above=0.0, kind="a float or a tensor")
         if not temperature >= SMALLEST_TEMPERATURE:
             raise ValueError(f"temperature must be >= {SMALLEST_TEMPERATURE:g}, got {temperature}")
-    if softcap is not None:
-        check_number("softcap", softcap, kind="a number or None", finite=False)
-        if not softcap > 0:
-            raise ValueError(f"softcap must be > 0 or None, got {softcap}")
+    check_number("softcap", softcap, above=0.0, finite=False, optional=True)
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, Integral):
         raise TypeError(f"ignore_index must be an integer, got {type(ignore_index).__name__}")
     if not -(1 << 63) <= ignore_index < 1 << 63:
@@ -115,20 +112,29 @@ def check_logp(name: str, t: object) -> None:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {t.dtype}")
 
 
+def check_host_or(name: str, t: Tensor, device: torch.device) -> None:
+    """On the host, from where it is copied, or where it is used."""
+    if t.device.type != "cpu" and t.device != device:
+        raise ValueError(f"{name} must be on the host or on {device}, got {t.device}")
+
+
 def check_number(
     name: str, value: Any, *, at_least: float | None = None, above: float | None = None, kind: str = "a number",
-    finite: bool = True,
+    finite: bool = True, optional: bool = False,
 ) -> None:  # fmt: skip
-    """A real number of Python's or numpy's, within its bounds; `kind` is what the message asks for."""
+    """A real number of Python's or numpy's within its bounds, or None if optional; `kind` is what the message asks."""
+    if optional and value is None:
+        return
+    or_none = " or None" if optional else ""
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be {kind}, got {type(value).__name__}")
+        raise TypeError(f"{name} must be {kind}{or_none}, got {type(value).__name__}")
     number: Any = value
     if at_least is not None and not number >= at_least:
-        raise ValueError(f"{name} must be >= {at_least:g}, got {value}")
+        raise ValueError(f"{name} must be >= {at_least:g}{or_none}, got {value}")
     if above is not None and not number > above:
-        raise ValueError(f"{name} must be > {above:g}, got {value}")
+        raise ValueError(f"{name} must be > {above:g}{or_none}, got {value}")
     if finite and not -LARGEST <= number <= LARGEST:  # math.isfinite is no part of a graph
-        raise ValueError(f"{name} must be finite, got {value}")
+        raise ValueError(f"{name} must be finite{or_none}, got {value}")
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

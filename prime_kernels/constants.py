@@ -15,3 +15,5 @@ EXP_FLOOR = -200.0
 # Rows of logits and of their gradients start at multiples of so many columns, and kernels read and write up to there: a
 # thread moves 16 bytes at a time wherever the vocabulary ends. What stands in the padding is nobody's; it may be NaN.
 PADDED = 16
+# Columns of the partial statistics of PPO's loss.
+PPO_STATS = ("tokens", "clipped", "kl", "ratio", "entropy", "ratio_max")

@@ -153,9 +153,10 @@ _linear_logprob_frozen = register(
 )  # fmt: skip
 
 
-def _keeps_gradient(hidden: Tensor, *, frozen: bool, entropy: bool, backend: str) -> bool:
+def _keeps_gradient(hidden: Tensor, *, entropy: bool, backend: str) -> bool:
+    """Whether a frozen head's forward does."""
     return keeps_logp_gradient(
-        hidden.numel() // max(hidden.shape[-1], 1), hidden.shape[-1], frozen=frozen, entropy=entropy,
+        hidden.numel() // max(hidden.shape[-1], 1), hidden.shape[-1], frozen=True, entropy=entropy,
         keeps_logits=strategy_for(hidden, backend) != "fused", workspace=logprob_workspace(),
     )  # fmt: skip
 
@@ -227,7 +228,7 @@ def linear_logprob(
     check_no_tangent("linear_logprob", hidden=hidden, weight=weight, bias=bias, temperature=temperature)
     group, needs = vocab_parallel.group_name(vocab_group), trained(head)
     frozen = list(needs.values()) == [True, False, False] and not group
-    if frozen and _keeps_gradient(head["hidden"], frozen=frozen, entropy=entropy, backend=backend):
+    if frozen and _keeps_gradient(head["hidden"], entropy=entropy, backend=backend):
         return TokenLogProbs(_linear_logprob_frozen(**head)[0], None)
     logp, row_entropy, *_ = _linear_logprob(**head, group=group, entropy=bool(entropy))
     return TokenLogProbs(logp, row_entropy if entropy else None)

@@ -11,6 +11,7 @@ from typing import Any, Generic, TypeVar, get_type_hints
 
 import torch
 from torch import Tensor
+from torch._guards import detect_fake_mode
 
 C = TypeVar("C")
 Results = tuple[Tensor, ...]
@@ -160,8 +161,6 @@ class _FirstOrder(torch.autograd.Function):
 
 def is_shape_only(*tensors: Tensor) -> bool:
     """Whether any of these has a shape and no numbers: meta tensors, and those of a graph that is being traced."""
-    from torch._guards import detect_fake_mode
-
     return any(t.is_meta for t in tensors) or detect_fake_mode(list(tensors)) is not None
 
 

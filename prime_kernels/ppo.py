@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from . import gemm
-from .calls import HeadCall, head_arguments, open_head, strategy_for, trained, working_on
+from .calls import HeadCall, flat, head_arguments, open_head, strategy_for, trained, working_on
 from .checks import check_logp, check_no_tangent, check_number, check_rows, real_number
-from .constants import IGNORED
+from .constants import IGNORED, PPO_STATS
 from .onepass import Gradients, Wanted, loss_and_gradients, of_stored_gradients
 from .operators import Derivative, Results, Saved, own, register
 from .tiles import RowStats
@@ -123,7 +123,7 @@ def _terms(x: GivenPPOCall) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
 
 def _stats(partials: list[Tensor], like: Tensor) -> Tensor:
     """(clip_fraction, approx_kl, ratio_mean, ratio_max, entropy_mean) [5] from partial statistics."""
-    parts = torch.cat([*partials, like.new_zeros((1, 6))])
+    parts = torch.cat([*partials, like.new_zeros((1, len(PPO_STATS)))])
     tokens, clipped, kl, ratio, entropy, _ = parts.sum(0).unbind()
     count = tokens.clamp(min=1)
     return torch.stack((clipped / count, kl / count, ratio / count, parts[:, 5].amax(), entropy / count))
@@ -199,10 +199,7 @@ def _checked_options(
     for name, value in (("clip_low", clip_low), ("clip_high", clip_high), ("kl_coef", kl_coef)):
         check_number(name, value, at_least=0.0)
     check_number("entropy_coef", entropy_coef)
-    if dual_clip is not None:
-        check_number("dual_clip", dual_clip, kind="a number or None")
-        if not dual_clip > 1:
-            raise ValueError(f"dual_clip must be > 1 or None, got {dual_clip}")
+    check_number("dual_clip", dual_clip, above=1.0, optional=True)
     if kl_coef and ref_logp is None:
         raise ValueError(f"ref_logp must be given where kl_coef is not 0, got None with kl_coef={kl_coef}")
     return {
@@ -217,7 +214,7 @@ def _flat_rows(like: Tensor, dtype: torch.dtype, kl_coef: float, **rows: Tensor 
     check_rows(like, optional=("ref_logp", "importance"), **rows)
     if not kl_coef:
         rows["ref_logp"] = None
-    return {name: None if t is None else t.detach().to(dtype).reshape(-1).contiguous() for name, t in rows.items()}
+    return {name: None if t is None else flat(t.detach(), dtype) for name, t in rows.items()}
 
 
 def _stats_tuple(stats: Tensor) -> PPOStats:
@@ -251,9 +248,8 @@ def ppo_clip_loss(
     )  # fmt: skip
     check_rows(logp, optional=("entropy",), entropy=entropy)
     check_no_tangent("ppo_clip_loss", logp=logp, entropy=entropy)
-    flat_entropy = None if entropy is None else entropy.to(dtype).reshape(-1).contiguous()
     loss, stats, *_ = _ppo_clip_loss(
-        logp=logp.to(dtype).reshape(-1).contiguous(), entropy=flat_entropy, **rows, **options,
+        logp=flat(logp, dtype), entropy=flat(entropy, dtype), **rows, **options,
         use_triton=strategy_for(logp, backend) != "torch",
     )  # fmt: skip
     return PPOLoss(loss, logp.detach(), None if entropy is None else entropy.detach(), _stats_tuple(stats))

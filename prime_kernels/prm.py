@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from . import gemm
-from .calls import HeadCall, head_arguments, open_head, strategy_for, trained, working_on
+from .calls import HeadCall, flat, head_arguments, open_head, strategy_for, trained, working_on
 from .checks import (
     check_choice,
+    check_host_or,
     check_logp,
     check_no_tangent,
     check_number,
@@ -25,7 +26,7 @@ from .checks import (
 from .constants import IGNORED
 from .onepass import Gradients, Wanted, loss_and_gradients, of_stored_gradients
 from .operators import Derivative, Results, Saved, register
-from .sequences import Sequences, checked_cu_seqlens, cu_seqlens_of, flat, token_reward
+from .sequences import Sequences, checked_cu_seqlens, cu_seqlens_of, token_reward
 from .tiles import RowStats
 from .types import PRMLoss
 from .workspace import one_pass_workspace
@@ -193,7 +194,7 @@ def _checked_sequences(
         raise ValueError(f"outcomes must have shape [{S}], one a sequence, got {list(outcomes.shape)}")
     if outcomes.is_complex():
         raise TypeError(f"outcomes must hold real numbers, got {outcomes.dtype}")
-    _check_host_or("outcomes", outcomes, device)
+    check_host_or("outcomes", outcomes, device)
     found = {"beta": real_number(beta), "outcomes": outcomes.detach().to(device, dtype).contiguous(), "group_ids": None}
     if kind == "ce":
         return found
@@ -202,13 +203,8 @@ def _checked_sequences(
     check_plain_tensor("group_ids", group_ids, None)
     if group_ids.shape != (S,):
         raise ValueError(f"group_ids must have shape [{S}] where kind is 'dpo', got {list(group_ids.shape)}")
-    _check_host_or("group_ids", group_ids, device)
+    check_host_or("group_ids", group_ids, device)
     return found | {"group_ids": group_ids.to(device)}
-
-
-def _check_host_or(name: str, t: Tensor, device: torch.device) -> None:
-    if t.device.type != "cpu" and t.device != device:
-        raise ValueError(f"{name} must be on the host or on {device}, got {t.device}")
 
 
 def prm_loss(

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from . import gemm
-from .calls import strategy_for, working_on
+from .calls import flat, strategy_for, working_on
 from .checks import check_choice, check_logp, check_no_tangent, check_number, check_rows, real_number
 from .operators import Derivative, Saved, register
-from .sequences import Sequences, cu_seqlens_of, flat, token_reward
+from .sequences import Sequences, cu_seqlens_of, token_reward
 
 GRANULARITIES = ("token", "whole", "step")
 

@@ -2,19 +2,17 @@
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from .checks import check_plain_tensor, may_read
+from .checks import check_host_or, check_plain_tensor, may_read
 
 
 def checked_cu_seqlens(cu_seqlens: Tensor, tokens: Tensor) -> Tensor:
     """cu_seqlens, refused where its form is off; its numbers are looked at inside an operator."""
     check_plain_tensor("cu_seqlens", cu_seqlens, None)
-    if cu_seqlens.device.type != "cpu" and cu_seqlens.device != tokens.device:
-        raise ValueError(f"cu_seqlens must be on the host or on {tokens.device}, got {cu_seqlens.device}")
+    check_host_or("cu_seqlens", cu_seqlens, tokens.device)
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
@@ -113,10 +111,6 @@ def cu_seqlens_of(logp: Tensor, cu_seqlens: Tensor | None, use_triton: bool) -> 
     if logp.dim() != 2 or logp.numel() == 0:
         raise ValueError(f"prm_logp must have shape [S, L] without cu_seqlens, got {list(logp.shape)}")
     return torch.arange(logp.shape[0] + 1, device=logp.device if use_triton else "cpu") * logp.shape[1]
-
-
-def flat(t: Tensor | None, dtype: torch.dtype) -> Any:
-    return None if t is None else t.to(dtype).reshape(-1).contiguous()
 
 
 def lengths(bounds: list[int]) -> list[int]:

@@ -10,13 +10,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..constants import PPO_STATS
 from .common import log1p
 
 PPO_BLOCK, SEQUENCE_BLOCK, SCALE_BLOCK = 512, 1024, 4096
 # Eight a processor of the largest GPUs keep its memory busy; a factor of 1 is read by no more.
 SCALE_PROGRAMS = 1056
-# Columns of a program's partial statistics.
-PPO_STATS = ("tokens", "clipped", "kl", "ratio", "entropy", "ratio_max")
 
 
 @triton.jit

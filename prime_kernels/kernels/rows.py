@@ -41,11 +41,11 @@ def load_block(x_row, bias_ptr, offs_v, V, RAGGED: tl.constexpr):
 
 
 @triton.jit
-def block_stats(
-    x_row, bias_ptr, start, V, label, scale, softcap, ENTROPY: tl.constexpr, RAGGED: tl.constexpr,
+def fold_block(
+    m, s, u, x_row, bias_ptr, start, V, label, scale, softcap, ENTROPY: tl.constexpr, RAGGED: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Statistics (max, sum, moment or the sum again) of one block's columns but the target's."""
+    """Statistics with those of one block's columns but the target's; the moment stays unless for the entropy."""
     offs_v = start + tl.arange(0, BLOCK_V)
     z = head_logit(load_block(x_row, bias_ptr, offs_v, V, RAGGED), None, scale, softcap)
     other = offs_v != label
@@ -53,13 +53,13 @@ def block_stats(
         other = other & (offs_v < V)
     # Not the floor: a block may hold nothing but the target and banned columns, and its sum must be 0.
     z = tl.where(other, z, float("-inf"))
-    m = tl.maximum(tl.max(z, axis=0), _FLOOR)
-    d = z - m
+    m_block = tl.maximum(tl.max(z, axis=0), _FLOOR)
+    d = z - m_block
     e = tl.exp(d)
-    s = tl.sum(e, axis=0)
-    u = s
     if ENTROPY:
-        u = tl.sum(e * tl.maximum(d, _EXP_FLOOR), axis=0)
+        m, s, u = merge(m, s, u, m_block, tl.sum(e, axis=0), tl.sum(e * tl.maximum(d, _EXP_FLOOR), axis=0))
+    else:
+        m, s = merge_sums(m, s, m_block, tl.sum(e, axis=0))
     return m, s, u
 
 
@@ -77,25 +77,15 @@ def row_stats_kernel(
 
     m = tl.load(state_ptr + row)
     s = tl.load(state_ptr + stride_state + row)
+    u = tl.load(state_ptr + 2 * stride_state + row)
     whole = V // BLOCK_V * BLOCK_V
-    if ENTROPY:
-        u = tl.load(state_ptr + 2 * stride_state + row)
-        for start in range(0, whole, BLOCK_V):
-            m_b, s_b, u_b = block_stats(x_row, bias_ptr, start, V, label, scale, softcap, True, False, BLOCK_V)
-            m, s, u = merge(m, s, u, m_b, s_b, u_b)
-        if whole < V:
-            m_b, s_b, u_b = block_stats(x_row, bias_ptr, whole, V, label, scale, softcap, True, True, BLOCK_V)
-            m, s, u = merge(m, s, u, m_b, s_b, u_b)
-        tl.store(state_ptr + 2 * stride_state + row, u)
-    else:
-        for start in range(0, whole, BLOCK_V):
-            m_b, s_b, _ = block_stats(x_row, bias_ptr, start, V, label, scale, softcap, False, False, BLOCK_V)
-            m, s = merge_sums(m, s, m_b, s_b)
-        if whole < V:
-            m_b, s_b, _ = block_stats(x_row, bias_ptr, whole, V, label, scale, softcap, False, True, BLOCK_V)
-            m, s = merge_sums(m, s, m_b, s_b)
+    for start in range(0, whole, BLOCK_V):
+        m, s, u = fold_block(m, s, u, x_row, bias_ptr, start, V, label, scale, softcap, ENTROPY, False, BLOCK_V)
+    if whole < V:
+        m, s, u = fold_block(m, s, u, x_row, bias_ptr, whole, V, label, scale, softcap, ENTROPY, True, BLOCK_V)
     tl.store(state_ptr + row, m)
     tl.store(state_ptr + stride_state + row, s)
+    tl.store(state_ptr + 2 * stride_state + row, u)
 
     if label >= 0:
         x = tl.load(x_row + label)
