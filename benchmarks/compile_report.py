@@ -34,7 +34,7 @@ from triton.compiler import ASTSource
 
 from benchmarks import sass
 from prime_kernels import constants, plan
-from prime_kernels.kernels import fused, losses, rows
+from prime_kernels.kernels import common, exponentials, fused, losses, rows
 
 ARCHITECTURES = (80, 90, 100, 120)
 MATRIX_INSTRUCTION = {80: "mma.sync", 90: "wgmma", 100: "tcgen05.mma", 120: "mma.sync"}
@@ -54,6 +54,8 @@ PER_LOGIT: dict[str, dict[str, float]] = {
         "softcap": 62.5, "all options": 73.5,
     },
 }  # fmt: skip
+LOSSES = ("ppo", "prm", "reward", "scale")
+STORES_TILES = ("fused_dlogits", "exponentials")
 INSTRUCTIONS = ("mma.sync", "wgmma", "tcgen05.mma", "cp.async.cg", "cp.async.bulk.tensor", "setmaxnreg")
 
 Constants = Mapping[str, int | None]
@@ -125,6 +127,9 @@ def cases(arch: int) -> list[Case]:
         found += [_stats_case(variant, types, none, arch)]
         found += [_stats_case(f"{variant}, rest", types, none, arch, rest=True)]
         found += [_dlogits_case(variant, types, none, arch)]
+        if "softcap" not in on:
+            found += [_exponentials_case(variant, types, none, arch)]
+            found += [_exponentials_case(f"{variant}, rest", types, none, arch, rest=True)]
         if on and len(on) < len(OPTIONS):
             continue
         # The rest is tried with no option and with all.
@@ -141,7 +146,7 @@ def cases(arch: int) -> list[Case]:
             if dtype == "fp16":
                 found += [_stats_case(label, of_dtype, none, arch, dtype=dtype)]
                 found += [_dlogits_case(label, of_dtype, none, arch, dtype=dtype)]
-    return found + _loss_cases()
+    return found + _row_of_exponentials_cases(False) + _row_of_exponentials_cases(True) + _loss_cases()
 
 
 def name_of(options: tuple[str, ...]) -> str:
@@ -176,6 +181,7 @@ def _row_cases(
         ("row_stats", rows.row_stats_kernel, stats, plan.ROW_STATS, {"ENTROPY": "entropy_ptr" in types}),
         ("row_dlogits", rows.row_dlogits_kernel, grads, plan.ROW_DLOGITS, {}),
     ):
+        settings = plan.CAPPED_ROWS if "softcap" in types else settings
         case = _case(
             name, variant, fn, arguments, types, none, {**more, "BLOCK_V": settings.block_v}, settings.num_warps
         )
@@ -254,12 +260,56 @@ def _dlogits_case(
     settings = plan.dlogits_settings(arch, entropy="dentropy_ptr" in types, softcap="softcap" in types)
     arguments, constants = _gemm(settings, dtype)
     arguments |= dict.fromkeys(("max_ptr", "logsum_ptr", "dlogp_ptr", "others_ptr"), "*fp32")
-    arguments |= {"dx_ptr": f"*{dtype}", "stride_dn": "i32", "col0": "i32"}
+    tile = f"tensordesc<{dtype}[{settings.block_n}, {settings.block_v}]>"
+    arguments |= {"dx": tile if settings.tma else f"*{dtype}", "stride_dn": "i32", "col0": "i32"}
     case = _case(
         "fused_dlogits", variant, fused.fused_dlogits_kernel, arguments, types, none,
         {**constants, "GROUP_ROWS": fused.GROUP_ROWS}, settings.num_warps, settings.num_stages, is_gemm=True,
     )  # fmt: skip
     return replace(case, ragged=ragged)
+
+
+def _exponentials_case(
+    variant: str, types: dict[str, str], none: Constants, arch: int, *, rest: bool = False, ragged: bool = False
+) -> Case:  # fmt: skip
+    """`exponentials` on whole tiles, or on the rest of the vocabulary."""
+    settings = plan.exponentials_settings(arch, bias="bias_ptr" in types)
+    arguments, constants = _gemm(settings)
+    arguments |= {"offset_ptr": "*fp32", "partial_ptr": "*fp32"}
+    arguments |= dict.fromkeys(("stride_en", "stride_k", "stride_state", "first_tile", "tiles"), "i32")
+    tile = f"tensordesc<bf16[{settings.block_n}, {settings.block_v}]>"
+    arguments |= {"e": tile if settings.tma else "*bf16"}
+    constants = {
+        **constants, "GROUP_ROWS": fused.GROUP_ROWS, "RAGGED": rest, "ENTROPY": "entropy_ptr" in types,
+    }  # fmt: skip
+    case = _case(
+        "exponentials", variant, exponentials.exponentials_kernel, arguments, types, none, constants,
+        settings.num_warps, settings.num_stages, is_gemm=True,
+    )  # fmt: skip
+    return replace(case, ragged=rest or ragged)
+
+
+def _row_of_exponentials_cases(entropy: bool) -> list[Case]:
+    """What comes before and after `exponentials`."""
+    none = {} if entropy else {"bias_ptr": None, "temperature_ptr": None}
+    types = {"bias_ptr": "*bf16", "temperature_ptr": "*fp32"} if entropy else {}
+    offsets = {"h_ptr": "*bf16", "w_ptr": "*bf16", "code_ptr": "*i64", "offset_ptr": "*fp32"}
+    offsets |= dict.fromkeys(("stride_hn", "stride_wv", "V", "D"), "i32")
+    merge = {"partial_ptr": "*fp32", "state_ptr": "*fp32"}
+    merge |= dict.fromkeys(("stride_k", "stride_state", "stride_out", "N", "K"), "i32")
+    settle = {"e_ptr": "*bf16", "code_ptr": "*i64"}
+    settle |= dict.fromkeys(("partial_ptr", "state_ptr", "max_ptr", "logsum_ptr", "dlogp_ptr", "factor_ptr"), "*fp32")
+    settle |= dict.fromkeys(("stride_en", "stride_k", "stride_out", "N", "V", "K"), "i32")
+    block = {"ROWS": exponentials.MERGE_ROWS, "TILES": exponentials.MERGE_TILES}
+    variant = "all options" if entropy else "plain"
+    return [
+        _case(name, variant, fn, arguments, types, none, constants, num_warps=4)
+        for name, fn, arguments, constants in (
+            ("offsets", exponentials.offsets_kernel, offsets, {"BLOCK_D": exponentials.OFFSET_BLOCK_D}),
+            ("merge_tiles", exponentials.merge_tiles_kernel, merge, {**block, "ENTROPY": entropy}),
+            ("settle", exponentials.settle_kernel, settle, {**block, "BLOCK_V": 256, "COLUMNS": 64}),
+        )
+    ]
 
 
 def _case(
@@ -283,9 +333,10 @@ def compile_case(case: Case, arch: int) -> Compiled:
         if kind.startswith("*") or name.startswith("stride") or name in multiples
     }
     source = ASTSource(case.fn, signature=signature, constexprs=case.constants, attrs=aligned)
-    built = triton.compile(
-        source, target=GPUTarget("cuda", arch, 32), options={"num_warps": case.num_warps, "num_stages": case.num_stages}
-    )
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    if case.kernel not in LOSSES:
+        options |= common.EXACT
+    built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     registers, spilled = sass.resources(built.asm["cubin"])
     ptx = built.asm["ptx"]
     compiled = Compiled(
@@ -299,8 +350,9 @@ def compile_case(case: Case, arch: int) -> Compiled:
 
 def _memory(case: Case, text: str) -> dict[str, Any]:
     """Widths and instructions a logit, as far as they can be told."""
-    if case.kernel == "fused_dlogits":
-        return {"store_bits": min(sass.accesses(text, "STG"), default=None)}
+    if case.kernel in STORES_TILES:
+        through_tma = WIDE if "UTMASTG" in text else None
+        return {"store_bits": through_tma or min(sass.accesses(text, "STG"), default=None)}
     loop = sass.main_loop(text) if case.logits else None
     if loop is None or case.logits is None:
         return {}

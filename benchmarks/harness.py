@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler announces every start and stop
 
@@ -28,6 +28,8 @@ from benchmarks.providers import Fn, Provider, Unavailable
 # Gate, not accuracy: what is further from fp64 than this computes something else. ‖error‖/‖exact‖.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.1}
 BATCHES = 3
+# Rows beyond this change no rate: a product is as efficient at 8192 tokens as at 32768.
+MAX_ROWS = 8192
 
 Status = Literal["ok", "skipped", "failed", "wrong", "out of memory"]
 
@@ -43,6 +45,7 @@ class Row:
     ms: float | None = None  # median
     spread: float | None = None  # (max − min)/median
     runs: int = 0
+    of_bare: float | None = None  # the time of the op's bare products over this one's, the median of runs in turn
     peak_bytes: int | None = None  # most that a call held at once beyond its inputs
     scratch_bytes: int | None = None  # the same less results and gradients
     errors: dict[str, float] = field(default_factory=dict)  # ‖error‖/‖exact‖ against fp64, by result
@@ -113,6 +116,7 @@ def _fill_free_blocks() -> None:
 
 def peak_memory(fn: Callable[[], object], device: torch.device) -> Peak:
     """The allocator's own peak on CUDA; on a CPU the running sum of the allocations that the profiler reports."""
+    gc.collect()  # what is freed meanwhile would count as scratch
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -136,27 +140,48 @@ def peak_memory(fn: Callable[[], object], device: torch.device) -> Peak:
 
 def milliseconds(fns: Sequence[Callable[[], object]], device: torch.device, effort: Effort) -> list[float]:
     """The time of each run after a warm-up; runs take turns among `fns`."""
-    for fn in fns:
+    return [ms for ms, _ in paired_milliseconds(fns, lambda: None, device, effort)]
+
+
+def paired_milliseconds(
+    fns: Sequence[Callable[[], object]], other: Callable[[], object], device: torch.device, effort: Effort
+) -> list[tuple[float, float]]:
+    """The times of each run and of a run of `other` right before it, after a warm-up; runs take turns among `fns`.
+
+    A card under load slows down by a tenth within seconds. Runs in turn see the same clocks.
+    """
+    for fn in (*fns, other):
         fn()
     begun = time.perf_counter()
     fns[0]()
     _synchronize(device)
     once = (time.perf_counter() - begun) * 1e3
     runs = min(max(math.ceil(effort.milliseconds / max(once, 1e-3)), effort.least), effort.most)
-    if device.type == "cuda":
-        events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(runs)]
-        for i, (start, stop) in enumerate(events):
-            start.record()
-            fns[i % len(fns)]()
-            stop.record()
-        torch.cuda.synchronize()
-        return [start.elapsed_time(stop) for start, stop in events]
-    times = []
-    for i in range(runs):
-        begun = time.perf_counter()
+    marks = [_marks(device) for _ in range(runs)]
+    for i, (start, between, stop) in enumerate(marks):
+        start.record()
+        other()
+        between.record()
         fns[i % len(fns)]()
-        times.append((time.perf_counter() - begun) * 1e3)
-    return times
+        stop.record()
+    _synchronize(device)
+    return [(between.elapsed_time(stop), start.elapsed_time(between)) for start, between, stop in marks]
+
+
+class _HostEvent:
+    """What `torch.cuda.Event` is, of a host's clock."""
+
+    def record(self) -> None:
+        self.at = time.perf_counter()
+
+    def elapsed_time(self, later: "_HostEvent") -> float:
+        return (later.at - self.at) * 1e3
+
+
+def _marks(device: torch.device) -> tuple[Any, Any, Any]:
+    if device.type == "cuda":
+        return tuple(torch.cuda.Event(enable_timing=True) for _ in range(3))  # type: ignore[return-value]
+    return _HostEvent(), _HostEvent(), _HostEvent()
 
 
 def median_and_spread(times: list[float]) -> tuple[float, float]:
@@ -169,6 +194,34 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
+def bare_products(case: Case, x: Inputs) -> Callable[[], None]:
+    """The GEMMs of the case's floor, results in the operands' dtype, on a real gradient of the logits.
+
+    That is nearly all tiny numbers, which draw less power than dense ones. Of many tokens some at a time.
+    """
+    hidden, weight, N = x.hidden.detach(), x.weight.detach(), min(case.N, MAX_ROWS)
+    hidden, rounds = hidden[:N], case.N // N
+    logits, dlogits = hidden.new_empty(N, case.V), hidden.new_empty(N, case.V)
+    for rows, out, target, share in zip(
+        hidden.split(512), dlogits.split(512), x.targets[:N].split(512), x.upstream[:N].split(512), strict=True
+    ):
+        p = torch.softmax(rows.float() @ weight.t().float() if rows.is_cpu else (rows @ weight.t()).float(), 1)
+        p[torch.arange(len(rows), device=rows.device), target] -= 1
+        out.copy_(p * share[:, None])
+    dhidden, dweight = torch.empty_like(hidden), torch.empty_like(weight)
+    operands = {
+        "logits": (hidden, weight.t(), logits), "dhidden": (dlogits, weight, dhidden),
+        "dweight": (dlogits.t(), hidden, dweight),
+    }  # fmt: skip
+
+    def run() -> None:
+        for gemm in case.spec.gemms * rounds:
+            a, b, out = operands[gemm]
+            torch.mm(a, b, out=out)
+
+    return run
+
+
 class Bench:
     """The inputs and the oracle of one case, on which its providers are measured in turn."""
 
@@ -177,12 +230,19 @@ class Bench:
         weight = make_weight(case, device) if weight is None else weight
         self.batches = [make_inputs(case, weight, seed).trained(case.spec.trains) for seed in range(BATCHES)]
         self._exact: dict[str, Tensor] | None = None
+        self._products: Callable[[], object] | None = None
 
     @property
     def exact(self) -> dict[str, Tensor]:
         if self._exact is None:
             self._exact = oracle(self.case, self.batches[0])
         return self._exact
+
+    @property
+    def products(self) -> Callable[[], object]:
+        if self._products is None:
+            self._products = bare_products(self.case, self.batches[0])
+        return self._products
 
     def measure(self, provider: Provider, effort: Effort | None) -> Row:
         """One row; nothing that a provider does wrong escapes. Without `effort`, memory alone and no oracle."""
@@ -221,9 +281,11 @@ class Bench:
         row = Row(case=case, provider=provider.name, status="ok", peak_bytes=memory.peak, scratch_bytes=memory.scratch)
         if effort is None:
             return row
-        times = milliseconds([partial(call, fn, case, x) for x in self.batches], self.device, effort)
-        ms, spread = median_and_spread(times)
-        return replace(row, ms=ms, spread=spread, runs=len(times), errors=errors)
+        runs = [partial(call, fn, case, x) for x in self.batches]
+        times = paired_milliseconds(runs, self.products, self.device, effort)
+        ms, spread = median_and_spread([mine for mine, _ in times])
+        of_bare = statistics.median(bare / mine for mine, bare in times)
+        return replace(row, ms=ms, spread=spread, runs=len(times), of_bare=of_bare, errors=errors)
 
 
 def _line(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""A run in pictures: time and share of the ceiling against N, peak memory against V, error against time."""
+"""A run in pictures: time, and that of bare GEMMs over it, against N, peak memory against V, error against time."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,7 +6,6 @@ from pathlib import Path
 from benchmarks.cases import ALL_OPS, Case
 from benchmarks.harness import Row
 from benchmarks.records import NO_CLAIMS, Report
-from benchmarks.roofline import share
 
 
 def draw(report: Report, out: Path) -> None:
@@ -68,13 +67,13 @@ def _speed(report: Report, rows: list[Row], path: Path) -> None:
         mine = [row for row in rows if row.case.op == op]
         for who, points in _lines(mine, lambda case: case.N, lambda row: row.ms).items():
             axes[0, column].plot(*zip(*points, strict=True), marker="o", label=who, color=colours[who])
-        shares = _lines(mine, lambda case: case.N, lambda row: share(row.case, row.ms, report.ceilings))
+        shares = _lines(mine, lambda case: case.N, lambda row: row.of_bare)
         for who, points in shares.items():
             axes[1, column].plot(*zip(*points, strict=True), marker="o", label=who, color=colours[who])
         case = mine[0].case
         axes[0, column].set(title=f"{op}, D={case.D}, V={case.V}, {case.dtype}", ylabel="ms", yscale="log")
         axes[0, column].legend(fontsize="small")
-        axes[1, column].set(xlabel="tokens N", ylabel="share of the measured ceiling", ylim=(0, None))
+        axes[1, column].set(xlabel="tokens N", ylabel="time of bare GEMMs over its own", ylim=(0, None))
         for axis in axes[:, column]:
             axis.set_xscale("log", base=2)
     figure.suptitle(_title(report), fontsize="medium")

@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.cases import Case
 from benchmarks.harness import Row
-from benchmarks.roofline import Ceilings, floors, share
+from benchmarks.roofline import Ceilings, floors
 
 NO_CLAIMS = "Development sizes on a CPU: no claims are made from these numbers."
 
@@ -42,7 +42,6 @@ class Report:
         for row, written in zip(self.rows, content["rows"], strict=True):
             found = floors(row.case, self.ceilings)
             written["floor_ms"] = None if found is None else found.ms
-            written["share"] = share(row.case, row.ms, self.ceilings)
             written |= {"flops": row.case.flops, "bytes": row.case.bytes, "gate": row.case.spec.gate}
         path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
 

@@ -19,7 +19,7 @@ from benchmarks.cases import GPU_MAIN, OPS
 from benchmarks.harness import Row
 from benchmarks.pages import ROOT, Block, picture, write_blocks
 from benchmarks.records import NO_CLAIMS, Report
-from benchmarks.roofline import floors, share
+from benchmarks.roofline import floors
 from benchmarks.step_figures import Figure, figures_table
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -44,7 +44,7 @@ def _gib(nbytes: int | None) -> str:
 
 
 def rows_table(report: Report, *, brief: bool = False) -> str:
-    """A block for each case, or for those of the first one's shape: time, share of the ceiling, memory, error."""
+    """A block for each case, or for those of the first one's shape: time, that of bare GEMMs over it, memory, error."""
     blocks = []
     for case in dict.fromkeys(row.case for row in report.rows):
         first = report.rows[0].case
@@ -52,14 +52,14 @@ def rows_table(report: Report, *, brief: bool = False) -> str:
             continue
         rows = [row for row in report.rows if row.case == case]
         best = min((row.ms for row in rows if row.ms is not None), default=None)
-        lines = [("provider", "ms", "±", "× best", "of ceiling", "peak", "scratch", "error")]
+        lines = [("provider", "ms", "±", "× best", "of bare", "peak", "scratch", "error")]
         for row in rows:
             if row.status == "skipped":
                 continue
             ratio = row.ms / best if row.ms is not None and best else None
             numbers = (
                 _number(row.ms, "{:.2f}"), _number(row.spread, "{:.0%}"), _number(ratio, "{:.2f}"),
-                _number(share(case, row.ms, report.ceilings), "{:.1%}"), _gib(row.peak_bytes), _gib(row.scratch_bytes),
+                _number(row.of_bare, "{:.1%}"), _gib(row.peak_bytes), _gib(row.scratch_bytes),
                 _number(row.error, "{:.1e}"),
             )  # fmt: skip
             lines.append((row.provider, *numbers) if row.status == "ok" else (row.provider, row.status, *("",) * 6))
@@ -184,14 +184,15 @@ def numbers_block(results: Path) -> str:
     case = GPU_MAIN[0]
     lines = [
         f"{env['hardware']}, torch {env['torch']}, triton {env['triton']}, commit {env['commit']}, {env['date']}. "
-        f"N = {case.N}, D = {case.D}, V = {case.V}, {case.dtype}; median of runs; share of the time that bare GEMMs "
-        "of the same shapes take in the same run; error ‖Δ‖/‖exact‖ against fp64, the largest of result and gradients.",
-        "", "| op | provider | ms | of ceiling | peak memory | error |", "|---|---|---|---|---|---|",
+        f"N = {case.N}, D = {case.D}, V = {case.V}, {case.dtype}; median of runs; of bare is the time of the op's "
+        "bare GEMMs, run in turn with it, over its own; error ‖Δ‖/‖exact‖ against fp64, the largest of result and "
+        "gradients.",
+        "", "| op | provider | ms | of bare | peak memory | error |", "|---|---|---|---|---|---|",
     ]  # fmt: skip
     for op in OPS:
         for row in main_rows(report, op):
             numbers = (
-                f"{row.ms:.1f}", _number(share(row.case, row.ms, report.ceilings), "{:.0%}"), _gib(row.peak_bytes),
+                f"{row.ms:.1f}", _number(row.of_bare, "{:.0%}"), _gib(row.peak_bytes),
                 _number(row.error, "{:.1e}"),
             )  # fmt: skip
             lines.append(f"| {op} | {row.provider} | {' | '.join(numbers)} |")
@@ -215,7 +216,7 @@ def speed_block(results: Path, folder: Path) -> str:
         f"{case.spec.what} at N = {case.N}, D = {case.D}, V = {case.V} in {case.dtype} on {env['hardware']}, "
         f"{env['date']}: {', '.join(found) or 'not measured'}."
     )
-    return f"{picture('time and share of the ceiling over tokens', kept / 'speed.png', folder)}\n\n{line}"
+    return f"{picture('time, and that of bare GEMMs over it, by tokens', kept / 'speed.png', folder)}\n\n{line}"
 
 
 def page_blocks(results: Path = RESULTS) -> dict[str, Block]:

@@ -10,10 +10,7 @@ from functools import partial
 import torch
 
 from benchmarks.cases import Case, Gemm
-from benchmarks.harness import Effort, median_and_spread, milliseconds
-
-# Rows beyond this change no rate: a product is as efficient at 8192 tokens as at 32768.
-MAX_ROWS = 8192
+from benchmarks.harness import MAX_ROWS, Effort, median_and_spread, milliseconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,12 +44,6 @@ def floors(case: Case, ceilings: Ceilings | None) -> Floors | None:
     product = 2 * case.N * case.D * case.V
     compute = sum(product / ceilings.gemm_flops_per_s[gemm_key(case, g)] for g in case.spec.gemms)
     return Floors(compute * 1e3, case.bytes / ceilings.copy_bytes_per_s * 1e3)
-
-
-def share(case: Case, ms: float | None, ceilings: Ceilings | None) -> float | None:
-    """Floor over measured time: 1 is the ceiling."""
-    found = floors(case, ceilings)
-    return None if found is None or ms is None else found.ms / ms
 
 
 def measure_copy(device: torch.device, nbytes: int) -> float:

@@ -12,11 +12,17 @@ from . import gemm, vocab_parallel
 from .checks import check_head_inputs, check_head_values, real_number
 from .constants import HAS_TRITON, INTERPRETED
 from .devices import device_arch
-from .plan import Strategy, choose_strategy
+from .plan import Strategy, choose_strategy, one_pass_strategy
 from .tiles import Head, Rows, Tiles, TorchTiles
 
 # From here on softcap·tanh(z/softcap) is z to the last bit for any logit, and z/softcap nears the smallest numbers.
 NO_SOFTCAP = 1e30
+# Asked once: torch's older compilers cannot trace the question.
+AUTOCAST_DEVICES = frozenset(
+    device
+    for device in ("cpu", "cuda", "hpu", "mps", "mtia", "xla", "xpu", torch._C._get_privateuse1_backend_name())
+    if torch.amp.is_autocast_available(device)
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,18 +69,27 @@ def trained(head: dict[str, Any]) -> dict[str, bool]:
 
 
 @contextmanager
-def open_head(call: HeadCall, group: str = "", *, entropy: bool) -> Iterator[tuple[Tiles, Rows, Head]]:
-    """Inside an operator: check values, flatten, and set device and precision while the block runs."""
+def open_head(
+    call: HeadCall, group: str = "", *, entropy: bool, one_pass: bool = False, entropy_gradient: bool = False
+) -> Iterator[tuple[Tiles, Rows, Head]]:  # fmt: skip
+    """Inside an operator: check values, flatten, and set device and precision while the block runs.
+
+    With `one_pass`, tiles for a loss and its gradients together, of which one may be the entropy's.
+    """
     targets = call.targets.reshape(-1)
     codes, total_vocab = vocab_parallel.target_codes(targets, call.weight.shape[0], call.ignore_index, group)
     temperature = None if call.temperature is None else call.temperature.reshape(-1)
     check_head_values(targets, codes, temperature, total_vocab)
-    with open_rows(call.hidden, codes, call, entropy=entropy) as opened:
+    with open_rows(
+        call.hidden, codes, call, entropy=entropy, one_pass=one_pass, entropy_gradient=entropy_gradient
+    ) as opened:
         yield opened
 
 
 @contextmanager
-def open_rows(hidden: Tensor, codes: Tensor, call: Any, *, entropy: bool) -> Iterator[tuple[Tiles, Rows, Head]]:
+def open_rows(
+    hidden: Tensor, codes: Tensor, call: Any, *, entropy: bool, one_pass: bool = False, entropy_gradient: bool = False
+) -> Iterator[tuple[Tiles, Rows, Head]]:  # fmt: skip
     """The tiles, rows and head of a call whose targets are columns already."""
     codes = codes.reshape(-1)
     temperature = None if call.temperature is None else call.temperature.reshape(-1)
@@ -84,6 +99,10 @@ def open_rows(hidden: Tensor, codes: Tensor, call: Any, *, entropy: bool) -> Ite
     bias = None if call.bias is None else call.bias.contiguous()  # as kernels read it
     head = Head(weight=call.weight, bias=bias, softcap=call.softcap)
     strategy = strategy_for(rows.hidden, call.backend, call.weight)
+    if one_pass:
+        strategy = one_pass_strategy(
+            strategy, dtype=hidden.dtype, softcap=call.softcap, entropy_gradient=entropy_gradient
+        )  # fmt: skip
     with working_on(hidden):
         yield make_tiles(strategy, rows.hidden, entropy=entropy), rows, head
 
@@ -95,7 +114,7 @@ def working_on(t: Tensor) -> Iterator[None]:
     Triton launches on the current device, which need not be the tensors'. Autocast has done its part on the arguments.
     """
     device = t.device.type
-    with torch.amp.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+    with torch.amp.autocast(device, enabled=False) if device in AUTOCAST_DEVICES else nullcontext():
         if not t.is_cuda:
             yield
             return
@@ -141,7 +160,7 @@ def _autocast(t: Any) -> Any:
     if not isinstance(t, Tensor) or not t.is_floating_point() or t.dtype is torch.float64:
         return t
     device_type = t.device.type
-    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+    if device_type not in AUTOCAST_DEVICES or not torch.is_autocast_enabled(device_type):
         return t
     return t.to(torch.get_autocast_dtype(device_type))
 

@@ -103,6 +103,17 @@ def mm(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     return out.copy_(torch.mm(a, b))
 
 
+def column_sums(t: Tensor, dtype: torch.dtype, factor: Tensor | None = None) -> Tensor:
+    """Sums over the rows of t [n, s], in `dtype`, each row times its factor [n].
+
+    On CUDA torch would copy 16-bit numbers to fp32 before it adds them up, so there it is a product.
+    """
+    if factor is None and not (t.is_cuda and t.dtype in HALF_DTYPES):
+        return t.sum(0, dtype=dtype)
+    factor = t.new_ones(len(t)) if factor is None else factor.to(t.dtype)
+    return mm(t.t(), factor[:, None], out=t.new_empty((t.shape[1], 1), dtype=dtype)).squeeze(1)
+
+
 def addmm(acc: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """acc += a·b in acc's dtype."""
     if acc.dtype == a.dtype:

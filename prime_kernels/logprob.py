@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import gemm, vocab_parallel
-from .calls import HeadCall, head_arguments, open_head, open_rows, strategy_for, trained
+from .calls import HeadCall, head_arguments, open_head, open_rows, trained
 from .checks import check_flag, check_no_tangent
 from .onepass import Gradients, Wanted, loss_and_gradients
 from .operators import Derivative, Results, Saved, own, register
@@ -129,7 +129,7 @@ def _frozen(call: HeadCall) -> Results:
         flat[at] = stats.logp
         return torch.ones_like(stats.logp), None
 
-    with open_head(call, entropy=False) as (tiles, rows, head):
+    with open_head(call, entropy=False, one_pass=True) as (tiles, rows, head):
         kept = loss_and_gradients(tiles, rows, head, epilogue, ONLY_HIDDEN, workspace=logprob_workspace())
     return logp, kept.shaped(call.hidden).hidden, kept.unit
 
@@ -153,11 +153,11 @@ _linear_logprob_frozen = register(
 )  # fmt: skip
 
 
-def _keeps_gradient(hidden: Tensor, *, entropy: bool, backend: str) -> bool:
+def _keeps_gradient(hidden: Tensor, *, entropy: bool) -> bool:
     """Whether a frozen head's forward does."""
     return keeps_logp_gradient(
         hidden.numel() // max(hidden.shape[-1], 1), hidden.shape[-1], frozen=True, entropy=entropy,
-        keeps_logits=strategy_for(hidden, backend) != "fused", workspace=logprob_workspace(),
+        workspace=logprob_workspace(),
     )  # fmt: skip
 
 
@@ -228,7 +228,7 @@ def linear_logprob(
     check_no_tangent("linear_logprob", hidden=hidden, weight=weight, bias=bias, temperature=temperature)
     group, needs = vocab_parallel.group_name(vocab_group), trained(head)
     frozen = list(needs.values()) == [True, False, False] and not group
-    if frozen and _keeps_gradient(head["hidden"], entropy=entropy, backend=backend):
+    if frozen and _keeps_gradient(head["hidden"], entropy=entropy):
         return TokenLogProbs(_linear_logprob_frozen(**head)[0], None)
     logp, row_entropy, *_ = _linear_logprob(**head, group=group, entropy=bool(entropy))
     return TokenLogProbs(logp, row_entropy if entropy else None)

@@ -174,9 +174,9 @@ def one_pass(
                 x = tiles.products(block, head, plan.cols)
             assert x is not None
             of_piece = grads[at.start - start : at.stop - start]
-            dz = tiles.gradient(x, block, head, of_piece)
+            dz, factor = tiles.gradient(x, block, head, of_piece)
             x = None
-            sums.add(at, block, dz, of_piece.dead, plan.cols)
+            sums.add(at, block, dz, factor, of_piece.dead, plan.cols)
             del dz
     return sums.done()
 
@@ -224,16 +224,18 @@ class GradientSums:
         dentropy = None if grads.dentropy is None else grads.dentropy * factor
         return replace(grads, dlogp=grads.dlogp * factor, dentropy=dentropy)
 
-    def add(self, at: slice, block: Rows, dz: Tensor, dead: Tensor, col_step: int) -> None:
-        """Add what dZ [n, V] of tokens `at` gives."""
+    def add(
+        self, at: slice, block: Rows, dz: Tensor, factor: Tensor | None, dead: Tensor, col_step: int
+    ) -> None:  # fmt: skip
+        """Add what dZ [n, V] of tokens `at` gives, a factor of each row [n] still to be applied to it."""
         found, head, V = self.found, self.head, len(self.head.weight)
         of_bias, of_weight, of_hidden = (len(t) > 0 for t in (found.bias, found.weight, found.hidden))
         dh = found.hidden[at] if of_hidden else None
         if of_bias:
-            total = dz.sum(0, dtype=found.bias.dtype)
+            total = gemm.column_sums(dz, found.bias.dtype, factor)
             found.bias.add_(total) if self.started else found.bias.copy_(total)
         if of_weight:
-            block = block.without(dead, room=self._room(block, dh))
+            block = block.without(dead, room=self._room(block, dh), factor=factor)
             for c0, c1 in blocks(V, col_step):
                 if self.started:
                     gemm.addmm(found.weight[c0:c1], dz[:, c0:c1].t(), block.hidden)
@@ -246,6 +248,8 @@ class GradientSums:
                 dh.zero_()
                 for c0, c1 in blocks(V, col_step):
                     gemm.addmm(dh, dz[:, c0:c1], head[c0:c1].weight)
+            if factor is not None:
+                dh.mul_(factor[:, None]).masked_fill_(dead[:, None], 0)
         self.started = at.stop
 
     def _room(self, block: Rows, dh: Tensor | None) -> Tensor | None:

@@ -15,6 +15,8 @@ Strategy = Literal["torch", "chunked", "fused"]
 BACKENDS = ("auto", "triton", "torch", "chunked", "fused")
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HALF_DTYPES = (torch.bfloat16, torch.float16)
+# Where strategy "fused" has been measured beside "chunked", and won.
+FUSED_ARCHITECTURES = (90,)
 
 # Tiles of more tokens than this gain nothing: a GEMM is compute-bound long before, and the rows of a tile are
 # the depth (K) of the weight-gradient GEMM, whose fp32 read-modify-write then costs under 5% of its time.
@@ -31,9 +33,10 @@ def choose_strategy(
 
     | backend   | runs                                                                            |
     |-----------|---------------------------------------------------------------------------------|
-    | "auto"    | "chunked" on NVIDIA GPUs from sm_80 on, for dtypes it takes; "torch" elsewhere  |
-    | "triton"  | "chunked": cuBLAS for the GEMMs, Triton for everything per logit                |
-    | "chunked" | that strategy                                                                   |
+    | "auto"    | "triton" on NVIDIA GPUs from sm_80 on, for dtypes it takes; "torch" elsewhere   |
+    | "triton"  | "fused" for 16-bit numbers on sm_90, where it was measured to be the faster     |
+    |           | one for every op and head; "chunked" elsewhere                                  |
+    | "chunked" | cuBLAS for the GEMMs, Triton for everything per logit                           |
     | "fused"   | Triton GEMMs whose epilogue consumes the logits; bf16 and fp16 only; "chunked"  |
     |           | where rows of the operands are not aligned                                      |
     | "torch"   | plain torch in the same tiles                                                   |
@@ -51,7 +54,7 @@ def choose_strategy(
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
     if backend == "auto":
-        return "chunked" if triton and arch >= 80 and dtype in TRITON_DTYPES else "torch"
+        backend = "triton" if triton and arch >= 80 and dtype in TRITON_DTYPES else "torch"
     if backend == "torch":
         return "torch"
     if not triton:
@@ -66,7 +69,21 @@ def choose_strategy(
         raise ValueError(
             f"backend={backend!r} takes hidden of float32, bfloat16 or float16, got {dtype}; use backend='torch'"
         )
-    return "chunked"
+    fused = backend == "triton" and aligned and dtype in HALF_DTYPES and arch in FUSED_ARCHITECTURES
+    return "fused" if fused else "chunked"
+
+
+def one_pass_strategy(
+    strategy: Strategy, *, dtype: torch.dtype, softcap: float | None, entropy_gradient: bool
+) -> Strategy:  # fmt: skip
+    """The strategy that computes a loss and its gradients in one pass, where `strategy` was chosen.
+
+    "fused" keeps exponentials of logits, which fp16 cannot hold and which do not tell a softcap's slope, nor log p
+    exactly enough for the gradient of an entropy. There "chunked" keeps the logits themselves.
+    """
+    if strategy == "fused" and (dtype is not torch.bfloat16 or softcap is not None or entropy_gradient):
+        return "chunked"
+    return strategy
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +95,7 @@ class Tiling:
     resident: int  # leading tokens whose fp32 dX is held for a whole sweep over the vocabulary
 
 
-def plan_tiling(N: int, D: int, V: int, *, workspace: int, bytes_per_logit: int, half: bool, copies: bool) -> Tiling:
+def plan_tiling(N: int, D: int, V: int, *, workspace: int, bytes_per_logit: float, half: bool, copies: bool) -> Tiling:
     """Tiles for a call on [N, D] hidden states and [V, D] weights that keep scratch memory within `workspace` bytes.
 
     The same grid serves forward and backward, so that both see the same logits. Counted are, at the worst moment,
@@ -114,14 +131,14 @@ def plan_tiling(N: int, D: int, V: int, *, workspace: int, bytes_per_logit: int,
         fixed += 4 * D * rows if copies else 0
         per_col = rows * bytes_per_logit + 8
         per_col += 4 * D * (int(half and (rows < N or copies)) + int(copies))
-        cols = (workspace - fixed) // per_col
+        cols = int((workspace - fixed) // per_col)
         if cols >= GOOD_TILE_COLS or rows <= MIN_TILE_ROWS:
             break
         limit = max(rows // 2, MIN_TILE_ROWS)
     if cols < MIN_TILE_COLS:
         raise ValueError(
             f"a workspace of {workspace} bytes is too small for {N} tokens of hidden size {D}: "
-            f"set_workspace needs at least {2 * (fixed + MIN_TILE_COLS * per_col)} bytes"
+            f"set_workspace needs at least {2 * (fixed + MIN_TILE_COLS * ceil(per_col))} bytes"
         )
     return Tiling(rows=rows, cols=_even_share(V, cols, multiple=256), resident=resident)
 
@@ -153,6 +170,8 @@ class RowSettings:
 # Memory-bound: 16 fp32 logits a thread keep enough 16-byte loads in flight, several programs share an SM.
 ROW_STATS = RowSettings(block_v=2048, num_warps=4)
 ROW_DLOGITS = RowSettings(block_v=2048, num_warps=4)
+# A softcap's arithmetic wants the registers instead.
+CAPPED_ROWS = RowSettings(block_v=1024, num_warps=4)
 FINISH_BLOCK_N = 128
 
 
@@ -190,8 +209,8 @@ FUSED_STATS: dict[int, tuple[GemmSettings, ...]] = {
         GemmSettings(128, 64, 32, num_warps=8, num_stages=4, tma=False),
     ),
     90: (
-        GemmSettings(128, 256, 64, num_warps=8, num_stages=3, tma=True),
-        GemmSettings(128, 128, 64, num_warps=8, num_stages=4, tma=True),
+        GemmSettings(128, 256, 64, num_warps=8, num_stages=3, tma=True, flatten=True),
+        GemmSettings(128, 128, 64, num_warps=8, num_stages=4, tma=True, flatten=True),
         GemmSettings(128, 64, 64, num_warps=8, num_stages=4, tma=True),
     ),
     100: (
@@ -212,14 +231,14 @@ FUSED_DLOGITS: dict[int, tuple[GemmSettings, ...]] = {
         GemmSettings(128, 64, 32, num_warps=8, num_stages=4, tma=False),
     ),
     90: (
-        GemmSettings(128, 256, 64, num_warps=8, num_stages=4, tma=True),
-        GemmSettings(128, 128, 64, num_warps=8, num_stages=4, tma=True),
-        GemmSettings(128, 64, 64, num_warps=8, num_stages=4, tma=True),
+        GemmSettings(128, 256, 64, num_warps=8, num_stages=3, tma=True, flatten=True),
+        GemmSettings(128, 128, 64, num_warps=8, num_stages=4, tma=True, flatten=True),
+        GemmSettings(128, 64, 64, num_warps=8, num_stages=4, tma=True, flatten=True),
     ),
     100: (
-        GemmSettings(128, 256, 64, num_warps=8, num_stages=4, tma=True, warp_specialize=True, flatten=True),
+        GemmSettings(128, 256, 64, num_warps=8, num_stages=3, tma=True, warp_specialize=True, flatten=True),
         GemmSettings(128, 128, 64, num_warps=8, num_stages=4, tma=True, warp_specialize=True, flatten=True),
-        GemmSettings(128, 64, 64, num_warps=8, num_stages=4, tma=True, warp_specialize=True, flatten=True),
+        GemmSettings(128, 64, 64, num_warps=8, num_stages=4, tma=True, flatten=True),
     ),
 }
 
@@ -241,6 +260,11 @@ def stats_settings(arch: int, *, ragged: bool, bias: bool, softcap: bool) -> Gem
 def dlogits_settings(arch: int, *, entropy: bool, softcap: bool) -> GemmSettings:
     """Settings of `fused_dlogits` on compute capability `arch`."""
     return of_architecture(FUSED_DLOGITS, arch)[2 if softcap else int(entropy)]
+
+
+def exponentials_settings(arch: int, *, bias: bool) -> GemmSettings:
+    """Settings of `exponentials` on compute capability `arch`, whose epilogue weighs about what the gradient's does."""
+    return of_architecture(FUSED_DLOGITS, arch)[int(bias and arch >= 100)]
 
 
 def vocab_splits(N: int, tiles: int, *, block_n: int, sms: int) -> int:
@@ -267,7 +291,7 @@ class OnePass:
 
 
 def plan_one_pass(
-    N: int, D: int, V: int, *, workspace: int, bytes_per_logit: int, copies: bool, need_dw: bool, flop_per_byte: int,
+    N: int, D: int, V: int, *, workspace: int, bytes_per_logit: float, copies: bool, need_dw: bool, flop_per_byte: int,
     need_dh: bool = True,
 ) -> OnePass:  # fmt: skip
     """Chunks of tokens × the whole vocabulary within `workspace`, and whether keeping their logits pays.
@@ -284,7 +308,7 @@ def plan_one_pass(
     cols = min(V, GOOD_TILE_COLS) if copies else V
     free = workspace - N * 48 - (4 * D * cols if copies else 0)
     spare = 8 * D if copies else 4 * D if need_dw and not need_dh else 0
-    limit = free // (V * bytes_per_logit + 32 * bytes_per_logit + 112 + spare)
+    limit = int(free // (V * bytes_per_logit + 32 * bytes_per_logit + 112 + spare))
     if limit < 1:
         return OnePass(rows=0, cols=cols, passes=2)
     rows = _even_share(N, limit, multiple=128)
@@ -294,10 +318,19 @@ def plan_one_pass(
     return OnePass(rows=rows, cols=cols, passes=1 if one <= two else 2)
 
 
-def keeps_logp_gradient(N: int, D: int, *, frozen: bool, entropy: bool, keeps_logits: bool, workspace: int) -> bool:
+def exponentials_fit(N: int, D: int, V: int, *, itemsize: int, workspace: int) -> bool:
+    """Whether a loss keeps the exponentials of all its logits until backward.
+
+    They take N·V·itemsize bytes, with their tiles' statistics an eighth of a byte each, and backward 6·N·D more for the
+    rows of its products. Without them it would be 4·V·D for the weight's gradient in fp32, and the workspace.
+    """
+    return N > 0 and N * V * (itemsize + 1 / 8) + 6 * N * D <= 4 * V * D + workspace
+
+
+def keeps_logp_gradient(N: int, D: int, *, frozen: bool, entropy: bool, workspace: int) -> bool:
     """Whether the forward of a per-token op computes ∂logp/∂hidden and keeps it, [N, D] in fp32, for the backward.
 
     With weight and bias frozen that is 4·N·D·V FLOP in all instead of 6: backward is a row scale. It pays where that
     memory is no larger than the workspace; not for the entropy, which would need a second product.
     """
-    return frozen and keeps_logits and not entropy and 0 < 4 * N * D <= workspace
+    return frozen and not entropy and 0 < 4 * N * D <= workspace

@@ -4,6 +4,7 @@ One epilogue serves both: [n] numbers in, per-token loss, its derivatives and pa
 and the same in torch for CPUs and fp64.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +15,10 @@ from . import gemm
 from .calls import HeadCall, flat, head_arguments, open_head, strategy_for, trained, working_on
 from .checks import check_logp, check_no_tangent, check_number, check_rows, real_number
 from .constants import IGNORED, PPO_STATS
-from .onepass import Gradients, Wanted, loss_and_gradients, of_stored_gradients
+from .kept import exponentials_like, keeps_exponentials, loss_and_exponentials, of_exponentials
+from .onepass import Epilogue, Gradients, Wanted, loss_and_gradients, of_stored_gradients
 from .operators import Derivative, Results, Saved, own, register
-from .tiles import RowStats
+from .tiles import Head, Rows, RowStats, Tiles
 from .types import PPOLoss, PPOStats
 from .workspace import one_pass_workspace
 
@@ -159,11 +161,29 @@ _ppo_clip_loss = register(
 
 def _linear(call: LinearPPOCall) -> Results:
     """(loss, stats [5], logp [...], entropy [...], and the fields of `Gradients`)."""
+
+    def finish(tiles: Tiles, rows: Rows, head: Head, epilogue: Epilogue) -> Results:
+        workspace = one_pass_workspace()
+        return tuple(
+            loss_and_gradients(tiles, rows, head, epilogue, Wanted.of(call), workspace=workspace).shaped(call.hidden)
+        )
+
+    return _with_loss(call, finish)
+
+
+def _linear_kept(call: LinearPPOCall) -> Results:
+    """(loss, stats [5], logp [...], entropy [...], E [N, V], v [N])."""
+    return _with_loss(call, loss_and_exponentials)
+
+
+def _with_loss(call: LinearPPOCall, finish: Callable[[Tiles, Rows, Head, Epilogue], Results]) -> Results:
+    """(loss, stats [5], logp [...], entropy [...]), and what `finish` makes of the loss's epilogue."""
     dtype = gemm.stats_dtype(call.hidden.dtype)
     token_loss, logp, entropy = (call.hidden.new_zeros(call.targets.numel(), dtype=dtype) for _ in range(3))
     partials: list[Tensor] = []
     use_triton = strategy_for(call.hidden, call.backend) != "torch"
-    with open_head(call, entropy=True) as (tiles, rows, head):
+    trains_entropy = call.entropy_coef is not None
+    with open_head(call, entropy=True, one_pass=True, entropy_gradient=trains_entropy) as (tiles, rows, head):
         token_weight = call.token_weight.masked_fill(rows.codes == IGNORED, 0)
 
         def epilogue(at: slice, stats: RowStats) -> tuple[Tensor, Tensor | None]:
@@ -174,12 +194,10 @@ def _linear(call: LinearPPOCall) -> Results:
             partials.append(partial)
             return dlogp, dentropy
 
-        found = loss_and_gradients(
-            tiles, rows, head, epilogue, Wanted.of(call), workspace=one_pass_workspace()
-        )  # fmt: skip
+        found = finish(tiles, rows, head, epilogue)
         loss, stats = token_loss.sum(), _stats(partials, logp)
     shape = call.targets.shape
-    return loss, stats, own(logp, shape), own(entropy, shape), *found.shaped(call.hidden)
+    return loss, stats, own(logp, shape), own(entropy, shape), *found
 
 
 def _linear_fake(call: LinearPPOCall) -> Results:
@@ -189,7 +207,14 @@ def _linear_fake(call: LinearPPOCall) -> Results:
     return new((), dtype=dtype), new(5, dtype=dtype), new(shape, dtype=dtype), new(shape, dtype=dtype), *found
 
 
+def _linear_kept_fake(call: LinearPPOCall) -> Results:
+    return *_linear_fake(call)[:4], *exponentials_like(call)
+
+
 _linear_ppo_loss = register("linear_ppo_loss", LinearPPOCall, 8, _linear, _linear_fake, of_stored_gradients(4))
+_linear_ppo_loss_kept = register(
+    "linear_ppo_loss_kept", LinearPPOCall, 6, _linear_kept, _linear_kept_fake, of_exponentials(4)
+)  # fmt: skip
 
 
 def _checked_options(
@@ -296,5 +321,10 @@ def linear_ppo_loss(
         targets, gemm.stats_dtype(head["hidden"].dtype), kl_coef, old_logp=old_logp, advantages=advantages,
         token_weight=token_weight, ref_logp=ref_logp, importance=importance,
     )  # fmt: skip
-    loss, stats, logp, entropy, *_ = _linear_ppo_loss(**head, **rows, **options, **trained(head))
+    wanted = trained(head)
+    keeps = keeps_exponentials(
+        head, trains_weight=wanted["need_dw"], entropy_gradient=options["entropy_coef"] is not None
+    )  # fmt: skip
+    op = _linear_ppo_loss_kept if keeps else _linear_ppo_loss
+    loss, stats, logp, entropy, *_ = op(**head, **rows, **options, **wanted)
     return PPOLoss(loss, logp, entropy, _stats_tuple(stats))

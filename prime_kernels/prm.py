@@ -3,6 +3,7 @@
 r_t = β·(log π_prm(y_t) − log π_ref(y_t)), and the sequence's logit is Σ_t r_t (arXiv 2412.01981, 2502.01456).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,10 +25,11 @@ from .checks import (
     real_number,
 )
 from .constants import IGNORED
-from .onepass import Gradients, Wanted, loss_and_gradients, of_stored_gradients
+from .kept import exponentials_like, keeps_exponentials, loss_and_exponentials, of_exponentials
+from .onepass import Epilogue, Gradients, Wanted, loss_and_gradients, of_stored_gradients
 from .operators import Derivative, Results, Saved, register
 from .sequences import Sequences, checked_cu_seqlens, cu_seqlens_of, token_reward
-from .tiles import RowStats
+from .tiles import Head, Rows, RowStats, Tiles
 from .types import PRMLoss
 from .workspace import one_pass_workspace
 
@@ -142,11 +144,31 @@ _prm_loss = register(
 
 def _linear(call: LinearPRMCall) -> Results:
     """(loss, reward [T], logits [S], and the fields of `Gradients`)."""
+
+    def finish(tiles: Tiles, rows: Rows, head: Head, epilogue: Epilogue, sequences: Sequences) -> Results:
+        found = loss_and_gradients(
+            tiles, rows, head, epilogue, Wanted.of(call), workspace=one_pass_workspace(), sequences=sequences.host,
+            together=call.group_ids is not None or sequences.host is None,
+        )  # fmt: skip
+        return tuple(found.shaped(call.hidden))
+
+    return _with_loss(call, finish)
+
+
+def _linear_kept(call: LinearPRMCall) -> Results:
+    """(loss, reward [T], logits [S], E [T, V], v [T])."""
+    return _with_loss(call, lambda *opened: loss_and_exponentials(*opened[:4]))
+
+
+def _with_loss(
+    call: LinearPRMCall, finish: Callable[[Tiles, Rows, Head, Epilogue, Sequences], Results]
+) -> Results:  # fmt: skip
+    """(loss, reward [T], logits [S]), and what `finish` makes of the loss's epilogue."""
     _check_outcomes(call.outcomes)
     ref_logp, outcomes, group_ids = call.ref_logp, call.outcomes, call.group_ids
     reward, logits, loss = torch.zeros_like(ref_logp), torch.zeros_like(outcomes), torch.zeros_like(outcomes)
     use_triton = strategy_for(call.hidden, call.backend) != "torch"
-    with open_head(call, entropy=False) as (tiles, rows, head):
+    with open_head(call, entropy=False, one_pass=True) as (tiles, rows, head):
         # Chunks are cut on the host. Where it may not read the boundaries, a captured graph, all tokens are one.
         sequences = Sequences.of(call.cu_seqlens, ref_logp, read=True)
         first_of = {start: s for s, start in enumerate(sequences.host or ())}
@@ -165,11 +187,8 @@ def _linear(call: LinearPRMCall) -> Results:
             )  # fmt: skip
             return dlogp, None
 
-        found = loss_and_gradients(
-            tiles, rows, head, epilogue, Wanted.of(call), workspace=one_pass_workspace(), sequences=sequences.host,
-            together=group_ids is not None or sequences.host is None,
-        )  # fmt: skip
-        return loss.mean(), reward, logits, *found.shaped(call.hidden)
+        found = finish(tiles, rows, head, epilogue, sequences)
+        return loss.mean(), reward, logits, *found
 
 
 def _linear_fake(call: LinearPRMCall) -> Results:
@@ -178,7 +197,14 @@ def _linear_fake(call: LinearPRMCall) -> Results:
     return ref.new_empty(()), torch.empty_like(ref), torch.empty_like(call.outcomes), *found
 
 
+def _linear_kept_fake(call: LinearPRMCall) -> Results:
+    return *_linear_fake(call)[:3], *exponentials_like(call)
+
+
 _linear_prm_loss = register("linear_prm_loss", LinearPRMCall, 7, _linear, _linear_fake, of_stored_gradients(3))
+_linear_prm_loss_kept = register(
+    "linear_prm_loss_kept", LinearPRMCall, 5, _linear_kept, _linear_kept_fake, of_exponentials(3)
+)  # fmt: skip
 
 
 def _checked_sequences(
@@ -282,8 +308,11 @@ def linear_prm_loss(
     checked_cu_seqlens(cu_seqlens, targets)
     check_rows(targets, optional=("mask",), ref_logp=ref_logp, mask=mask)
     dtype = gemm.stats_dtype(head["hidden"].dtype)
-    loss, reward, logits, *_ = _linear_prm_loss(
+    wanted = trained(head)
+    keeps = keeps_exponentials(head, trains_weight=wanted["need_dw"], entropy_gradient=False)
+    op = _linear_prm_loss_kept if keeps else _linear_prm_loss
+    loss, reward, logits, *_ = op(
         **head, ref_logp=flat(ref_logp.detach(), dtype), mask=flat(mask, dtype), cu_seqlens=cu_seqlens,
-        **_checked_sequences(cu_seqlens, outcomes, beta, kind, group_ids, dtype, hidden.device), **trained(head),
+        **_checked_sequences(cu_seqlens, outcomes, beta, kind, group_ids, dtype, hidden.device), **wanted,
     )  # fmt: skip
     return PRMLoss(loss, reward, logits)

@@ -96,7 +96,7 @@ def _slice_major(
                 )  # fmt: skip
             dz = tiles.dlogits(block, part, grads[start:stop])
             if dbias is not None:
-                total = dz.sum(0, dtype=gemm.stats_dtype(dz.dtype))
+                total = gemm.column_sums(dz, gemm.stats_dtype(dz.dtype))
                 dbias_acc = total if dbias_acc is None else dbias_acc.add_(total)
             if dw_acc is not None:
                 gemm.addmm(dw_acc, dz.t(), block.hidden)

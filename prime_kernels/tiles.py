@@ -29,13 +29,16 @@ class Rows:
         temperature = None if self.temperature is None else self.temperature[at]
         return Rows(hidden=gemm.operand(self.hidden[at]), codes=self.codes[at], temperature=temperature)
 
-    def without(self, dead: Tensor, room: Tensor | None = None) -> "Rows":
+    def without(self, dead: Tensor, room: Tensor | None = None, factor: Tensor | None = None) -> "Rows":
         """These tokens, the hidden states of dead ones 0: in dW = dZᵀ·X their dZ is 0, but 0·NaN would be NaN.
 
         The copy lies in `room` where that is given, which may be the states' own memory where they are a copy already.
+        A `factor` of each row [n] is applied.
         """
         room = torch.empty_like(self.hidden) if room is None else room
-        if room is not self.hidden:
+        if factor is not None:
+            torch.mul(self.hidden, factor[:, None], out=room)
+        elif room is not self.hidden:
             room.copy_(self.hidden)
         return replace(self, hidden=room.masked_fill_(dead[:, None], 0))
 
@@ -114,7 +117,7 @@ class RowGrads:
 class Tiles(ABC):
     """The steps on one tile; each strategy implements them."""
 
-    bytes_per_logit: int  # scratch memory a logit of a tile, at the most
+    bytes_per_logit: float  # scratch memory a logit of a tile, at the most
     entropy: bool  # whether statistics are for the entropy, too
 
     @abstractmethod
@@ -154,8 +157,8 @@ class LogitTiles(Tiles):
         """The running statistics [1, 4, n] with those of products x [n, s]; leaves x as it is."""
 
     @abstractmethod
-    def gradient(self, x: Tensor, rows: Rows, head: Head, grads: RowGrads) -> Tensor:
-        """Gradient of products x [n, s]; consumes x."""
+    def gradient(self, x: Tensor, rows: Rows, head: Head, grads: RowGrads) -> tuple[Tensor, Tensor | None]:
+        """Gradient of products x [n, s], which it consumes: a tensor, and a factor of each row [n] or None."""
 
     def row_stats(self, rows: Rows, head: Head, col_step: int) -> Tensor:
         state = empty_state(len(rows.codes), rows.hidden)
@@ -167,7 +170,15 @@ class LogitTiles(Tiles):
         return state
 
     def dlogits(self, rows: Rows, head: Head, grads: RowGrads) -> Tensor:
-        return self.gradient(self.products(rows, head, len(head.weight)), rows, head, grads)
+        dz, factor = self.gradient(self.products(rows, head, len(head.weight)), rows, head, grads)
+        assert factor is None
+        return dz
+
+
+def empty_rows(n: int, s: int, like: Tensor) -> Tensor:
+    """Memory for [n, s] numbers whose rows start at multiples of `PADDED` elements."""
+    stride = -(-s // constants.PADDED) * constants.PADDED
+    return like.new_empty((n, stride))[:, :s]
 
 
 def empty_state(n: int, like: Tensor) -> Tensor:
@@ -243,8 +254,8 @@ class TorchTiles(LogitTiles):
         logp = logp.masked_fill_(invalid, torch.nan).masked_fill_(ignored, 0)
         return RowStats(logp=logp, entropy=entropy, max=top, logsum=logsum)
 
-    def gradient(self, x: Tensor, rows: Rows, head: Head, grads: RowGrads) -> Tensor:
-        # See kernels.constants.logit_gradient for the formulas.
+    def gradient(self, x: Tensor, rows: Rows, head: Head, grads: RowGrads) -> tuple[Tensor, None]:
+        # See kernels.common.logit_gradient for the formulas.
         z, tanh = self._logits(x, rows, head)
         stats, (column, owned) = grads.stats, _target_columns(rows.codes, head)
         logp = z.sub_(stats.max[:, None]).sub_(stats.logsum[:, None])
@@ -264,7 +275,7 @@ class TorchTiles(LogitTiles):
             z *= tanh.square_().neg_().add_(1)
         if rows.temperature is not None:
             z /= _positive(rows.temperature)[:, None]
-        return z.masked_fill_(grads.dead[:, None], 0).to(rows.hidden.dtype)
+        return z.masked_fill_(grads.dead[:, None], 0).to(rows.hidden.dtype), None
 
 
 def _positive(temperature: Tensor) -> Tensor:

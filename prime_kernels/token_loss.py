@@ -1,6 +1,6 @@
 """One pass for any loss that is a sum over tokens: the caller's function sees [n] numbers, never logits."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -12,6 +12,7 @@ from . import gemm
 from .calls import HeadCall, head_arguments, open_head
 from .checks import check_flag, check_no_tangent
 from .constants import IGNORED
+from .kept import gradients_of_exponentials, keeps_exponentials, loss_and_exponentials
 from .onepass import Gradients, Wanted, give_away, loss_and_gradients, stored
 from .operators import anchor, first_order, is_shape_only, own
 from .tiles import RowStats
@@ -100,12 +101,14 @@ class _TokenLoss(torch.autograd.Function):
         call = replace(
             call, hidden=hidden.detach(), weight=weight.detach(), bias=None if bias is None else bias.detach()
         )  # fmt: skip
+        head = {"hidden": hidden, "weight": weight, "softcap": call.softcap, "backend": call.backend}
+        ctx.keeps = keeps_exponentials(head, trains_weight=wanted.weight, entropy_gradient=entropy)
         run = _shapes if is_shape_only(hidden, weight) else _numbers
-        loss, logp, row_entropy, found = run(call, loss_fn, inputs, entropy, wanted)
+        loss, logp, row_entropy, found = run(call, loss_fn, inputs, entropy, wanted, ctx.keeps)
         ctx.mark_non_differentiable(logp, row_entropy)
         ctx.set_materialize_grads(False)
         ctx.state, ctx.dtype, ctx.anchor = {}, hidden.dtype, anchor((hidden, weight, bias))
-        ctx.save_for_backward(*found)
+        ctx.save_for_backward(*((hidden, weight) if ctx.keeps else ()), *found)
         return loss, logp, row_entropy
 
     @staticmethod
@@ -114,20 +117,30 @@ class _TokenLoss(torch.autograd.Function):
             return (None,) * 7
         with torch.no_grad():
             give_away(ctx.state)
-            gradients = stored(ctx.saved_tensors, upstream, ctx.dtype)
+            if ctx.keeps:
+                hidden, weight, e, factor = ctx.saved_tensors
+                need = dict(zip(("need_dh", "need_dw", "need_dbias"), ctx.needs_input_grad, strict=False))
+                by_name = gradients_of_exponentials(e, factor, hidden, weight, upstream, **need)
+                nothing = upstream.new_empty(0)
+                gradients = [by_name.get(name, nothing) for name in ("hidden", "weight", "bias")]
+            else:
+                gradients = stored(ctx.saved_tensors, upstream, ctx.dtype)
         gradients = first_order("linear_token_loss", ctx.anchor, (upstream,), gradients)
         needed = zip(gradients, ctx.needs_input_grad, strict=False)
         return (*(t if need else None for t, need in needed), None, None, None, None)
 
 
 def _numbers(
-    call: HeadCall, loss_fn: LossFn, inputs: list[Tensor], entropy: bool, wanted: Wanted
-) -> tuple[Tensor, Tensor, Tensor, Gradients]:
-    """Loss, log-probs [...] and entropies [...] (of no tokens where not asked for), and the gradients."""
+    call: HeadCall, loss_fn: LossFn, inputs: list[Tensor], entropy: bool, wanted: Wanted, keeps: bool
+) -> tuple[Tensor, Tensor, Tensor, Iterable[Tensor]]:
+    """Loss, log-probs [...] and entropies [...] (of no tokens where not asked for), and what backward wants.
+
+    That is the fields of `Gradients`, or exponentials and their factor.
+    """
     N, dtype = call.targets.numel(), gemm.stats_dtype(call.hidden.dtype)
     token_loss, logp = (call.hidden.new_zeros(N, dtype=dtype) for _ in range(2))
     row_entropy = logp.new_zeros(N if entropy else 0)
-    with open_head(call, entropy=entropy) as (tiles, rows, head):
+    with open_head(call, entropy=entropy, one_pass=True, entropy_gradient=entropy) as (tiles, rows, head):
 
         def epilogue(at: slice, stats: RowStats) -> tuple[Tensor, Tensor | None]:
             logp[at] = stats.logp
@@ -139,15 +152,20 @@ def _numbers(
             token_loss[at] = torch.where(rows.codes[at] != IGNORED, loss, 0)
             return dlogp, dentropy
 
-        found = loss_and_gradients(tiles, rows, head, epilogue, wanted, workspace=one_pass_workspace())
+        found: Iterable[Tensor]
+        if keeps:
+            found = loss_and_exponentials(tiles, rows, head, epilogue)
+        else:
+            gradients = loss_and_gradients(tiles, rows, head, epilogue, wanted, workspace=one_pass_workspace())
+            found = gradients.shaped(call.hidden)
         loss = token_loss.sum()
     shape = call.targets.shape
-    return loss, own(logp, shape), own(row_entropy, shape) if entropy else row_entropy, found.shaped(call.hidden)
+    return loss, own(logp, shape), own(row_entropy, shape) if entropy else row_entropy, found
 
 
 def _shapes(
-    call: HeadCall, loss_fn: LossFn, inputs: list[Tensor], entropy: bool, wanted: Wanted
-) -> tuple[Tensor, Tensor, Tensor, Gradients]:
+    call: HeadCall, loss_fn: LossFn, inputs: list[Tensor], entropy: bool, wanted: Wanted, keeps: bool
+) -> tuple[Tensor, Tensor, Tensor, Iterable[Tensor]]:
     """What `_numbers` returns, of tensors without numbers."""
     found = Gradients.empty(call.hidden, call.weight, wanted)
     new = partial(call.hidden.new_empty, dtype=found.unit.dtype)

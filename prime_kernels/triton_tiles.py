@@ -6,9 +6,10 @@ from torch import Tensor
 from . import gemm
 from .constants import PADDED
 from .devices import device_arch
+from .kernels import exponentials as kept
 from .kernels import fused
 from .kernels import rows as row_kernels
-from .tiles import Head, LogitTiles, RowGrads, Rows, RowStats, Tiles
+from .tiles import Head, LogitTiles, RowGrads, Rows, RowStats, Tiles, empty_rows
 
 
 class TritonTiles(Tiles):
@@ -45,7 +46,7 @@ class ChunkedTiles(TritonTiles, LogitTiles):
         )  # fmt: skip
         return state
 
-    def gradient(self, x: Tensor, rows: Rows, head: Head, grads: RowGrads) -> Tensor:
+    def gradient(self, x: Tensor, rows: Rows, head: Head, grads: RowGrads) -> tuple[Tensor, None]:
         n, s = x.shape
         dx = self.scratch[: n * x.stride(0)].view(self.dtype).view(n, -1)[:, :s]
         stats = grads.stats
@@ -53,7 +54,7 @@ class ChunkedTiles(TritonTiles, LogitTiles):
             x, head.bias, rows.codes, rows.temperature, stats.max, stats.logsum, stats.entropy,
             grads.dlogp, grads.others, grads.dentropy, dx, head.start, head.softcap,
         )  # fmt: skip
-        return dx
+        return dx, None
 
 
 def _stride(s: int) -> int:
@@ -61,12 +62,16 @@ def _stride(s: int) -> int:
     return -(-s // PADDED) * PADDED
 
 
-class FusedTiles(TritonTiles):
-    """Triton GEMMs whose epilogue consumes the logits: nothing of vocabulary size in the forward."""
+class FusedTiles(TritonTiles, LogitTiles):
+    """Triton GEMMs whose epilogue consumes the logits: nothing of vocabulary size in the forward.
+
+    In one pass over a loss, `products` are the logits' exponentials, kept in 16 bits; see `kernels.exponentials`.
+    """
 
     def __init__(self, hidden: Tensor, entropy: bool) -> None:
         self.entropy = entropy
-        self.bytes_per_logit = gemm.operand(hidden[:0]).dtype.itemsize
+        # A gradient or an exponential, and an exponential's share of its tile's statistics.
+        self.bytes_per_logit = gemm.operand(hidden[:0]).dtype.itemsize + 1 / 8
         if hidden.is_cuda:
             self.arch = device_arch(hidden.device)
             self.sms = torch.cuda.get_device_properties(hidden.device).multi_processor_count
@@ -79,9 +84,32 @@ class FusedTiles(TritonTiles):
             self.entropy,
         )  # fmt: skip
 
+    def empty_tile(self, n: int, s: int, like: Tensor) -> Tensor:
+        return empty_rows(n, s, like)
+
+    def products(self, rows: Rows, head: Head, col_step: int) -> Tensor:
+        e = self.empty_tile(len(rows.hidden), len(head.weight), rows.hidden)
+        self.partials, self.state = kept.exponentials(
+            rows.hidden, head.weight, head.bias, rows.codes, rows.temperature, e, self.arch, self.sms,
+            self.entropy,
+        )  # fmt: skip
+        return e
+
+    def fold(self, x: Tensor, rows: Rows, head: Head, state: Tensor) -> Tensor:
+        return self.state[None, :4]
+
+    def gradient(self, x: Tensor, rows: Rows, head: Head, grads: RowGrads) -> tuple[Tensor, Tensor]:
+        assert grads.dentropy is None
+        assert head.softcap is None
+        factor = kept.settle(
+            x, self.partials, self.state, rows.codes, rows.temperature, grads.stats.max, grads.stats.logsum,
+            grads.dlogp, self.arch, head.bias is not None,
+        )  # fmt: skip
+        return x, factor
+
     def dlogits(self, rows: Rows, head: Head, grads: RowGrads) -> Tensor:
         n, s = len(rows.hidden), len(head.weight)
-        dx = rows.hidden.new_empty((n, _stride(s)))[:, :s]
+        dx = self.empty_tile(n, s, rows.hidden)
         stats = grads.stats
         fused.fused_dlogits(
             rows.hidden, head.weight, head.bias, rows.codes, rows.temperature, stats.max, stats.logsum, stats.entropy,

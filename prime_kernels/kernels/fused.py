@@ -11,8 +11,10 @@ epilogue is lean enough for a 128×256 tile to live in registers on sm_90 (no sp
 compare and a handful of adds a logit, against D multiply-adds.
 
 Operands have contiguous rows that start at multiples of 16 bytes: they come through tensor descriptors made on the host
-where the settings say TMA, otherwise through pointers and asynchronous copies.
+where the settings say TMA, otherwise through pointers and asynchronous copies. So do results of a tile's size.
 """
+
+from typing import Any
 
 import torch
 import triton
@@ -27,6 +29,8 @@ from .common import (
     _FLOOR,
     _IGNORED,
     _PADDED,
+    EXACT,
+    exp,
     head_logit,
     inverse_temperature,
     logit_gradient,
@@ -62,6 +66,15 @@ def tile_logits(
             b = b.to(tl.float32)
         acc = tl.dot(a, b, acc)
     return acc
+
+
+@triton.jit
+def tile_place(item, row_tiles, col_tiles, GROUP_ROWS: tl.constexpr):
+    """Row and column of a persistent kernel's tile. Columns run slowest within a group of rows, which reads W once."""
+    group = item // (GROUP_ROWS * col_tiles)
+    group_rows = tl.minimum(row_tiles - group * GROUP_ROWS, GROUP_ROWS)
+    within = item - group * GROUP_ROWS * col_tiles
+    return group * GROUP_ROWS + within % group_rows, within // group_rows
 
 
 @triton.jit
@@ -115,7 +128,7 @@ def fused_stats_kernel(
             z = tl.where((offs_v < V - col0)[None, :], z, float("-inf"))
         m_tile = tl.maximum(tl.max(z, axis=1), _FLOOR)
         d = z - m_tile[:, None]
-        e = tl.exp(d)
+        e = exp(d)
         if ENTROPY:
             d = tl.maximum(d, _EXP_FLOOR)
             m, s, u = merge(m, s, u, m_tile, tl.sum(e, axis=1), tl.sum(e * d, axis=1))
@@ -133,7 +146,7 @@ def fused_stats_kernel(
 @triton.jit
 def fused_dlogits_kernel(
     h, w, bias_ptr, code_ptr, temperature_ptr, max_ptr, logsum_ptr, entropy_ptr, dlogp_ptr, others_ptr, dentropy_ptr,
-    dx_ptr, stride_hn, stride_wv, stride_dn, N, V, D, col0, softcap,
+    dx, stride_hn, stride_wv, stride_dn, N, V, D, col0, softcap,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, GROUP_ROWS: tl.constexpr,
     TMA: tl.constexpr, WARP_SPECIALIZE: tl.constexpr, FLATTEN: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -142,12 +155,9 @@ def fused_dlogits_kernel(
     for item in tl.range(
         tl.program_id(0), row_tiles * col_tiles, tl.num_programs(0), flatten=FLATTEN, warp_specialize=WARP_SPECIALIZE
     ):
-        # Column tiles run slowest within a group of row tiles, so that a group reads a tile of W once.
-        group = item // (GROUP_ROWS * col_tiles)
-        group_rows = tl.minimum(row_tiles - group * GROUP_ROWS, GROUP_ROWS)
-        within = item - group * GROUP_ROWS * col_tiles
-        row0 = (group * GROUP_ROWS + within % group_rows) * BLOCK_N
-        tile_col0 = (within // group_rows) * BLOCK_V
+        row_tile, col_tile = tile_place(item, row_tiles, col_tiles, GROUP_ROWS)
+        row0 = row_tile * BLOCK_N
+        tile_col0 = col_tile * BLOCK_V
         x = tile_logits(
             h, w, row0, tile_col0, N, V, D, stride_hn, stride_wv, BLOCK_N, BLOCK_V, BLOCK_D, TMA, UPCAST
         )  # fmt: skip
@@ -169,7 +179,7 @@ def fused_dlogits_kernel(
         if dentropy_ptr is not None:
             entropy = tl.load(entropy_ptr + offs_n, mask=inside_n, other=0.0)[:, None]
             dentropy = tl.load(dentropy_ptr + offs_n, mask=inside_n, other=0.0)[:, None]
-        dx = logit_gradient(
+        gradient = logit_gradient(
             x, bias, scale, softcap, offs_v[None, :] == label[:, None],
             tl.load(max_ptr + offs_n, mask=inside_n, other=0.0)[:, None],
             tl.load(logsum_ptr + offs_n, mask=inside_n, other=0.0)[:, None],
@@ -178,20 +188,39 @@ def fused_dlogits_kernel(
             tl.load(others_ptr + offs_n, mask=inside_n, other=0.0)[:, None],
             dentropy,
         )  # fmt: skip
-        out = dx_ptr + offs_n[:, None].to(tl.int64) * stride_dn + offs_v[None, :]
-        # Up to the row's padding, so that a thread writes 16 bytes at a time wherever the vocabulary ends.
-        padded = offs_v < tl.cdiv(V, _PADDED) * _PADDED
-        tl.store(out, dx.to(dx_ptr.dtype.element_ty), mask=inside_n[:, None] & padded[None, :])
+        if TMA:
+            dx.store([row0, tile_col0], gradient.to(dx.dtype))
+        else:
+            out = dx + offs_n[:, None].to(tl.int64) * stride_dn + offs_v[None, :]
+            # Up to the row's padding, so that a thread writes 16 bytes at a time wherever the vocabulary ends.
+            padded = offs_v < tl.cdiv(V, _PADDED) * _PADDED
+            tl.store(out, gradient.to(dx.dtype.element_ty), mask=inside_n[:, None] & padded[None, :])
 
 
-def _operands(h: Tensor, w: Tensor, settings: GemmSettings) -> tuple[object, object]:
-    """h and w as the kernel takes them: descriptors where it reads through TMA, else themselves."""
-    if not settings.tma:
-        return h, w
+def operands(h: Tensor, w: Tensor, settings: GemmSettings) -> tuple[object, object]:
+    """h and w as a kernel takes them: descriptors of its blocks where it goes through TMA, else themselves."""
     return (
-        TensorDescriptor(h, list(h.shape), list(h.stride()), [settings.block_n, settings.block_d]),
-        TensorDescriptor(w, list(w.shape), list(w.stride()), [settings.block_v, settings.block_d]),
+        _blocks_of(h, settings.block_n, settings.block_d, settings),
+        _blocks_of(w, settings.block_v, settings.block_d, settings),
     )
+
+
+def result(t: Tensor, settings: GemmSettings) -> object:
+    """A result of a tile's size, likewise."""
+    return _blocks_of(t, settings.block_n, settings.block_v, settings)
+
+
+def _blocks_of(t: Tensor, rows: int, columns: int, settings: GemmSettings) -> object:
+    return TensorDescriptor(t, list(t.shape), list(t.stride()), [rows, columns]) if settings.tma else t
+
+
+def launch_options(settings: GemmSettings) -> dict[str, Any]:
+    """What every GEMM is launched with."""
+    return {
+        "BLOCK_N": settings.block_n, "BLOCK_V": settings.block_v, "BLOCK_D": settings.block_d, "TMA": settings.tma,
+        "WARP_SPECIALIZE": settings.warp_specialize, "FLATTEN": settings.flatten, "UPCAST": INTERPRETED,
+        "num_warps": settings.num_warps, "num_stages": settings.num_stages, **EXACT,
+    }  # fmt: skip
 
 
 def stats_splits(N: int, V: int, settings: GemmSettings, sms: int) -> int:
@@ -220,13 +249,10 @@ def fused_stats(
         settings = stats_settings(arch, ragged=True, **options)
         launches.append((True, settings, V - rest, triton.cdiv(rest, settings.block_v), partials[-1:]))
     for ragged, settings, first_col, tiles, out in launches:
-        h_arg, w_arg = _operands(h, w, settings)
         fused_stats_kernel[(triton.cdiv(n, settings.block_n), len(out))](
-            h_arg, w_arg, bias, codes, temperature, out, h.stride(0), w.stride(0), out.stride(0), out.stride(1),
-            n, V, D, first_col, tiles, softcap,
-            BLOCK_N=settings.block_n, BLOCK_V=settings.block_v, BLOCK_D=settings.block_d,
-            RAGGED=ragged, ENTROPY=entropy, TMA=settings.tma, WARP_SPECIALIZE=settings.warp_specialize,
-            FLATTEN=settings.flatten, UPCAST=INTERPRETED, num_warps=settings.num_warps, num_stages=settings.num_stages,
+            *operands(h, w, settings), bias, codes, temperature, out,
+            h.stride(0), w.stride(0), out.stride(0), out.stride(1), n, V, D, first_col, tiles, softcap,
+            RAGGED=ragged, ENTROPY=entropy, **launch_options(settings),
         )  # fmt: skip
     return partials
 
@@ -238,17 +264,14 @@ def fused_dlogits(
 ) -> None:  # fmt: skip
     """Gradients dx [n, s] of the raw logits of h [n, D] and w [s, D], the columns from col0 on.
 
-    Rows of dx start at multiples of `PADDED` elements; what lies between is written.
+    Rows of dx start at multiples of `PADDED` elements; what lies between may be written.
     """
     settings = dlogits_settings(arch, entropy=dentropy is not None, softcap=softcap is not None)
     n, D = h.shape
     V = w.shape[0]
-    h_arg, w_arg = _operands(h, w, settings)
     tiles = triton.cdiv(n, settings.block_n) * triton.cdiv(V, settings.block_v)
     fused_dlogits_kernel[(min(tiles, sms),)](
-        h_arg, w_arg, bias, codes, temperature, row_max, logsum, entropy, dlogp, others, dentropy, dx,
-        h.stride(0), w.stride(0), dx.stride(0), n, V, D, col0, softcap,
-        BLOCK_N=settings.block_n, BLOCK_V=settings.block_v, BLOCK_D=settings.block_d, GROUP_ROWS=GROUP_ROWS,
-        TMA=settings.tma, WARP_SPECIALIZE=settings.warp_specialize, FLATTEN=settings.flatten,
-        UPCAST=INTERPRETED, num_warps=settings.num_warps, num_stages=settings.num_stages,
+        *operands(h, w, settings), bias, codes, temperature, row_max, logsum, entropy, dlogp, others, dentropy,
+        result(dx, settings), h.stride(0), w.stride(0), dx.stride(0), n, V, D, col0, softcap,
+        GROUP_ROWS=GROUP_ROWS, **launch_options(settings),
     )  # fmt: skip

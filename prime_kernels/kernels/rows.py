@@ -10,11 +10,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ..constants import IGNORED, INVALID
-from ..plan import FINISH_BLOCK_N, ROW_DLOGITS, ROW_STATS
+from ..plan import CAPPED_ROWS, FINISH_BLOCK_N, ROW_DLOGITS, ROW_STATS
 from .common import (
     _EXP_FLOOR,
     _FLOOR,
     _PADDED,
+    EXACT,
+    exp,
     head_logit,
     inverse_temperature,
     log1p,
@@ -55,7 +57,7 @@ def fold_block(
     z = tl.where(other, z, float("-inf"))
     m_block = tl.maximum(tl.max(z, axis=0), _FLOOR)
     d = z - m_block
-    e = tl.exp(d)
+    e = exp(d)
     if ENTROPY:
         m, s, u = merge(m, s, u, m_block, tl.sum(e, axis=0), tl.sum(e * tl.maximum(d, _EXP_FLOOR), axis=0))
     else:
@@ -117,8 +119,8 @@ def finish_kernel(
 
     # The target joins. logsum = log Σ_v e^{z_v − top} = logsumexp − top.
     top = tl.maximum(m, target)
-    others = s * tl.exp(m - top)
-    e_target = tl.exp(target - top)
+    others = s * exp(m - top)
+    e_target = exp(target - top)
     logsum = tl.where(target >= m, log1p(others), tl.log(others + e_target))
     logp = (target - top) - logsum
     code = tl.load(code_ptr + offs, mask=inside, other=0)
@@ -129,7 +131,7 @@ def finish_kernel(
     if entropy_ptr is not None:
         # H = logsumexp − Σ p z = logsum − Σ p (z − top): a sum of non-negative terms. A target may be banned: −inf.
         of_target = e_target * tl.maximum(target - top, _EXP_FLOOR)
-        moment = tl.exp(m - top) * (u + s * (m - top)) + of_target
+        moment = exp(m - top) * (u + s * (m - top)) + of_target
         entropy = logsum - moment / (others + e_target)
         tl.store(entropy_ptr + offs, tl.where(ignored, 0.0, tl.where(invalid, nan, entropy)), mask=inside)
     tl.store(max_ptr + offs, top, mask=inside)
@@ -196,9 +198,10 @@ def row_stats(
     Rows of x start at multiples of `PADDED` elements; what lies between is read.
     """
     n, V = x.shape
+    settings = ROW_STATS if softcap is None else CAPPED_ROWS
     row_stats_kernel[(n,)](
         x, bias, codes, temperature, state, x.stride(0), state.stride(0), col0, V, softcap,
-        ENTROPY=entropy, BLOCK_V=ROW_STATS.block_v, num_warps=ROW_STATS.num_warps,
+        ENTROPY=entropy, BLOCK_V=settings.block_v, num_warps=settings.num_warps, **EXACT,
     )  # fmt: skip
 
 
@@ -209,7 +212,7 @@ def finish(
     K, _, n = partials.shape
     finish_kernel[(triton.cdiv(n, FINISH_BLOCK_N),)](
         partials, codes, logp, entropy, row_max, logsum, partials.stride(0), partials.stride(1), n, K,
-        IGNORED=IGNORED, INVALID=INVALID, BLOCK_N=FINISH_BLOCK_N, num_warps=4,
+        IGNORED=IGNORED, INVALID=INVALID, BLOCK_N=FINISH_BLOCK_N, num_warps=4, **EXACT,
     )  # fmt: skip
 
 
@@ -223,8 +226,9 @@ def row_dlogits(
     Rows of both start at multiples of `PADDED` elements; what lies between is written.
     """
     n, V = x.shape
+    settings = ROW_DLOGITS if softcap is None else CAPPED_ROWS
     row_dlogits_kernel[(n,)](
         x, bias, codes, temperature, row_max, logsum, entropy, dlogp, others, dentropy, dx,
         x.stride(0), dx.stride(0), col0, V, softcap,
-        BLOCK_V=ROW_DLOGITS.block_v, num_warps=ROW_DLOGITS.num_warps,
+        BLOCK_V=settings.block_v, num_warps=settings.num_warps, **EXACT,
     )  # fmt: skip

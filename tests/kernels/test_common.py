@@ -47,7 +47,8 @@ def test_tanh_and_its_slope_are_exact_to_a_few_ulp(device):
     want = x.double().tanh()
     want_slope = x.double().cosh() ** -2
     assert ((y.double() - want).abs() <= 2**-22 * want.abs()).all()
-    assert ((slope.double() - want_slope).abs() <= 2**-20 * want_slope).all()
+    # A slope is e^{−2|x|} and smaller: the exponent's rounding, 2⁻²⁴·2|x|·log₂e, is its relative error.
+    assert ((slope.double() - want_slope).abs() <= 2**-18 * want_slope).all()
 
 
 @pytest.mark.parametrize("device", DEVICES)

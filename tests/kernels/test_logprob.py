@@ -51,6 +51,21 @@ def test_every_option_keeps_the_error_bound(device, backend, dtype, options):
     assert_exact(linear_logprob, make_inputs(19, 48, 301, dtype, device, scale=6.0, **options), backend=backend)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["torch", "chunked"])
+def test_over_forty_draws_the_error_with_a_bias_is_at_most_twice_plain_torchs(backend):
+    ours, theirs = {}, {}
+    for seed in range(40):
+        x = make_inputs(19, 48, 301, F32, "cuda", scale=6.0, bias=True, seed=seed)
+        exact, plain = run(reference.linear_logprob, x.to(F64)), run(reference.linear_logprob, x)
+        got = run(linear_logprob, x, backend=backend)
+        for name, want in exact.items():
+            ours[name] = ours.get(name, 0) + (got[name] - want).square().sum()
+            theirs[name] = theirs.get(name, 0) + (plain[name] - want).square().sum()
+    for name in ours:
+        assert ours[name].sqrt() <= 2 * theirs[name].sqrt(), name
+
+
 @pytest.mark.parametrize(("device", "backend"), RUNS)
 def test_target_on_the_last_column_is_found(device, backend):
     # 301 columns leave a ragged tile everywhere, 256 leave none.

@@ -75,7 +75,7 @@ def test_ratio_one_makes_it_the_reinforce_gradient(device, backend):
     x.dlogp.copy_(-w * A)
     x.dentropy.zero_()
     want = run(linear_logprob, x, backend=backend)
-    torch.testing.assert_close(got["dhidden"], want["dhidden"], rtol=2**-7, atol=1e-6)
+    assert (got["dhidden"] - want["dhidden"]).norm() <= 2**-7 * want["dhidden"].norm()
     if device == "cpu":  # one tile: the same logits, so the ratio is 1 to the bit
         assert stats.ratio_max == stats.ratio_mean == 1
         assert stats.clip_fraction == stats.approx_kl == 0
@@ -201,7 +201,7 @@ def test_compiles_without_a_graph_break(device, backend):
     loss(*eager).backward()
     torch.compile(loss, fullgraph=True)(*compiled).backward()
     for a, b in zip(compiled, eager, strict=True):
-        torch.testing.assert_close(a.grad, b.grad, rtol=1e-2, atol=1e-4)
+        assert (a.grad - b.grad).norm() <= 1e-2 * b.grad.norm()
 
 
 def test_results_do_not_depend_on_chunks():

@@ -216,7 +216,7 @@ def test_compiles_without_a_graph_break(device, backend):
     loss(*eager).backward()
     torch.compile(loss, fullgraph=True)(*compiled).backward()
     for a, b in zip(compiled, eager, strict=True):
-        torch.testing.assert_close(a.grad, b.grad, rtol=1e-2, atol=1e-4)
+        assert (a.grad - b.grad).norm() <= 1e-2 * b.grad.norm()
 
 
 LOGP = torch.zeros(50)

@@ -41,7 +41,10 @@ def test_numbers_between_those_of_an_argument_are_not_read(device, backend):
         whole = implicit_reward(change(rows[1]), change(rows[0]), **given)
         found.append([*out, ppo.loss, *prm, *of_given, whole, *(t.grad for t in leaves)])
     for a, b in zip(*found, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-2 if a.dtype is BF16 else 1e-5, atol=1e-5)
+        if a.dtype is BF16:
+            assert (a - b).norm() <= 1e-2 * b.norm()
+        else:
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("device", "backend"), RUNS)
