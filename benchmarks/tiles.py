@@ -7,7 +7,7 @@ measured. What is swept is the entry of the plain epilogue, the one that trainin
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from unittest.mock import patch
 
 import torch
@@ -50,15 +50,17 @@ class Tried:
         return {**asdict(self), "settings": literal(self.settings)}
 
 
-def candidates(table: dict[int, tuple[GemmSettings, ...]], arch: int) -> list[GemmSettings]:
-    """The settings in force first, then the grid, with warp specialisation where the architecture's compiler has it."""
-    default = plan.of_architecture(table, arch)[0]
+def candidates(arch: int) -> list[GemmSettings]:
+    """The settings in force first, then the grid: flattened, too, and specialised where that engages."""
+    default = plan.of_architecture(plan.FUSED, arch)[0]
     found = [default]
     for n, v, d, warps, stages in DRY_GRID if arch == 0 else GRID:
-        if (n + v) * d * 2 * stages > SHARED_BYTES:
+        if (n + v) * d * 2 * stages + (n * v * 2 if default.tma else 0) > SHARED_BYTES:
             continue
         tile = GemmSettings(n, v, d, num_warps=warps, num_stages=stages, tma=default.tma)
         found.append(tile)
+        if arch >= 90:
+            found.append(replace(tile, flatten=True))
         if arch >= 100:  # it engages there with a flattened loop
             found.append(GemmSettings(n, v, d, warps, stages, default.tma, warp_specialize=True, flatten=True))
         elif arch == 90 and (n, v, warps) == (64, 128, 4):  # and here with a plain one; Triton fails on larger tiles
@@ -67,9 +69,9 @@ def candidates(table: dict[int, tuple[GemmSettings, ...]], arch: int) -> list[Ge
 
 
 @contextmanager
-def in_place(table: dict[int, tuple[GemmSettings, ...]], arch: int, settings: GemmSettings) -> Iterator[None]:
+def in_place(arch: int, settings: GemmSettings) -> Iterator[None]:
     """Launches within take `settings` for the plain epilogue on `arch`."""
-    with patch.dict(table, {arch: (settings, *plan.of_architecture(table, arch)[1:])}):
+    with patch.dict(plan.FUSED, {arch: (settings, *plan.of_architecture(plan.FUSED, arch)[1:])}):
         yield
 
 
@@ -99,18 +101,13 @@ def sweep(case: Case, device: torch.device, *, effort: Effort, deadline: float) 
     def run_dlogits() -> Tensor:
         return fused.dlogits(rows, head[0:columns], grads)
 
-    kernels: tuple[tuple[str, dict[int, tuple[GemmSettings, ...]], Callable[[], Tensor], Tensor], ...] = (
-        ("FUSED_STATS", plan.FUSED_STATS, run_stats, stats.logp),
-        ("FUSED_DLOGITS", plan.FUSED_DLOGITS, run_dlogits, dlogits),
-    )
-    queue = [(entry, s) for entry in kernels for s in candidates(entry[1], arch)]
-    # Alternating, so that a run that ends early has tried the likeliest of both.
-    queue.sort(key=lambda item: candidates(item[0][1], arch).index(item[1]))
-    for (name, table, run, want), settings in queue:
-        if time.monotonic() > deadline:
-            return
-        with in_place(table, arch, settings):
-            yield _try(name, settings, run, want, device, effort)
+    kernels = (("exponentials", run_stats, stats.logp), ("fused_dlogits", run_dlogits, dlogits))
+    for settings in candidates(arch):
+        for name, run, want in kernels:
+            if time.monotonic() > deadline:
+                return
+            with in_place(arch, settings):
+                yield _try(name, settings, run, want, device, effort)
 
 
 def _try(
@@ -127,13 +124,16 @@ def _try(
 
 
 def best(tried: list[Tried], arch: int) -> list[str]:
-    """Assignments that put the fastest settings of each kernel first in its entry, for `plan.py`."""
-    lines = []
-    for kernel in dict.fromkeys(t.kernel for t in tried):
-        timed = [t for t in tried if t.kernel == kernel and t.ms is not None]
-        if timed:
-            winner = min(timed, key=lambda t: t.ms or 0.0)
-            default = next((t for t in tried if t.kernel == kernel), winner)
-            gain = f"{default.ms / winner.ms:.3f}× the default" if default.ms and winner.ms else "default failed"
-            lines.append(f"{kernel}[{arch}][0]: {literal(winner.settings)},  # {winner.ms:.3f} ms, {gain}")
-    return lines
+    """The assignment that puts the settings first by which the kernels together take least, for `plan.py`."""
+    times: dict[GemmSettings, list[float]] = {}
+    for t in tried:
+        if t.ms is not None:
+            times.setdefault(t.settings, []).append(t.ms)
+    kernels = len({t.kernel for t in tried})
+    total = {settings: sum(of) for settings, of in times.items() if len(of) == kernels}
+    if not total:
+        return []
+    winner = min(total, key=lambda settings: total[settings])
+    default = total.get(tried[0].settings)
+    gain = f"{default / total[winner]:.3f}× the default" if default else "default failed"
+    return [f"FUSED[{arch}][0]: {literal(winner)},  # {total[winner]:.3f} ms, {gain}"]

@@ -189,37 +189,13 @@ class GemmSettings:
     flatten: bool = False
 
 
-# By architecture, then by the weight of the epilogue, which shares the register file with the tile's accumulator.
-# Statistics: bare or temperature; bias or softcap; the ragged rest of the vocabulary.
-# Gradients:  bare, bias or temperature; entropy; softcap.
-# Chosen by compilation: the largest tile with the architecture's matrix instruction and no spilled register. Warp
-# specialisation engages on sm_100 with a flattened loop; on sm_90 it needs 4 warps, whose largest tile that compiles
-# without spills (64×128) asks more of L2 than it saves.
+# By architecture, then by the weight of the epilogue, which shares the register file with the tile's accumulator: bare,
+# bias or temperature; the gradient of an entropy; softcap. Chosen by compilation, the largest tile with the
+# architecture's matrix instruction and no spilled register; on sm_90 by time, too: a flattened loop and results through
+# TMA bring a tile of 128×256 within a few per cent of a bare GEMM, and no smaller tile comes near it.
 # Entry 0 is the interpreter, where every tile costs the same Python time. Read at every launch: `benchmarks.tiles` puts
 # candidates in place of an entry while it measures them.
-FUSED_STATS: dict[int, tuple[GemmSettings, ...]] = {
-    0: (
-        GemmSettings(32, 1024, 64, num_warps=4, num_stages=1, tma=True),
-        GemmSettings(32, 512, 64, num_warps=4, num_stages=1, tma=True),
-        GemmSettings(32, 64, 64, num_warps=4, num_stages=1, tma=True),
-    ),
-    80: (
-        GemmSettings(128, 128, 32, num_warps=8, num_stages=4, tma=False),
-        GemmSettings(128, 64, 32, num_warps=8, num_stages=4, tma=False),
-        GemmSettings(128, 64, 32, num_warps=8, num_stages=4, tma=False),
-    ),
-    90: (
-        GemmSettings(128, 256, 64, num_warps=8, num_stages=3, tma=True, flatten=True),
-        GemmSettings(128, 128, 64, num_warps=8, num_stages=4, tma=True, flatten=True),
-        GemmSettings(128, 64, 64, num_warps=8, num_stages=4, tma=True),
-    ),
-    100: (
-        GemmSettings(128, 128, 64, num_warps=8, num_stages=4, tma=True, warp_specialize=True, flatten=True),
-        GemmSettings(128, 64, 64, num_warps=8, num_stages=4, tma=True),
-        GemmSettings(128, 64, 64, num_warps=8, num_stages=4, tma=True),
-    ),
-}
-FUSED_DLOGITS: dict[int, tuple[GemmSettings, ...]] = {
+FUSED: dict[int, tuple[GemmSettings, ...]] = {
     0: (
         GemmSettings(32, 1024, 64, num_warps=4, num_stages=1, tma=True),
         GemmSettings(32, 512, 64, num_warps=4, num_stages=1, tma=True),
@@ -252,33 +228,14 @@ def of_architecture(table: dict[int, tuple[GemmSettings, ...]], arch: int) -> tu
     return table[max(capability for capability in table if capability <= arch)]
 
 
-def stats_settings(arch: int, *, ragged: bool, bias: bool, softcap: bool) -> GemmSettings:
-    """Settings of `fused_stats` on compute capability `arch`."""
-    return of_architecture(FUSED_STATS, arch)[2 if ragged else int(bias or softcap)]
-
-
 def dlogits_settings(arch: int, *, entropy: bool, softcap: bool) -> GemmSettings:
     """Settings of `fused_dlogits` on compute capability `arch`."""
-    return of_architecture(FUSED_DLOGITS, arch)[2 if softcap else int(entropy)]
+    return of_architecture(FUSED, arch)[2 if softcap else int(entropy)]
 
 
-def exponentials_settings(arch: int, *, bias: bool) -> GemmSettings:
-    """Settings of `exponentials` on compute capability `arch`, whose epilogue weighs about what the gradient's does."""
-    return of_architecture(FUSED_DLOGITS, arch)[int(bias and arch >= 100)]
-
-
-def vocab_splits(N: int, tiles: int, *, block_n: int, sms: int) -> int:
-    """Into how many parts `tiles` tiles of vocabulary are split so that blocks of N tokens × parts keep `sms` busy.
-
-    Every program walks one part of the vocabulary for one block of tokens, and starting one costs about a tile's
-    time. Of all counts that leave each part at least four tiles deep, the quickest wins; ties go to fewer parts.
-    """
-    token_blocks = ceil(N / block_n)
-
-    def tile_times(splits: int) -> int:
-        return ceil(token_blocks * splits / sms) * (ceil(tiles / splits) + 1)
-
-    return min(range(1, max(1, min(tiles // 4, sms)) + 1), key=lambda splits: (tile_times(splits), splits))
+def exponentials_settings(arch: int, *, bias: bool, softcap: bool) -> GemmSettings:
+    """Settings of `exponentials` on compute capability `arch`."""
+    return of_architecture(FUSED, arch)[2 if softcap else int(bias and arch >= 100)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from .devices import device_arch
 from .kernels import exponentials as kept
 from .kernels import fused
 from .kernels import rows as row_kernels
+from .plan import blocks
 from .tiles import Head, LogitTiles, RowGrads, Rows, RowStats, Tiles, empty_rows
 
 
@@ -79,10 +80,20 @@ class FusedTiles(TritonTiles, LogitTiles):
             self.arch, self.sms = 0, 4
 
     def row_stats(self, rows: Rows, head: Head, col_step: int) -> Tensor:
-        return fused.fused_stats(
-            rows.hidden, head.weight, head.bias, rows.codes, rows.temperature, head.softcap, self.arch, self.sms,
-            self.entropy,
+        # As many rows at once as their tiles' statistics fit where a tile of gradients does.
+        n = len(rows.codes)
+        each = kept.tile_bytes(
+            len(head.weight), self.arch, bias=head.bias is not None, softcap=head.softcap is not None
         )  # fmt: skip
+        step = max(n * min(col_step, len(head.weight)) * rows.hidden.itemsize // each, 16)
+        state = rows.hidden.new_empty((1, 4, n), dtype=torch.float32)
+        for start, stop in blocks(n, step):
+            at = rows[start:stop]
+            state[0, :, start:stop] = kept.statistics(
+                at.hidden, head.weight, head.bias, at.codes, at.temperature, head.softcap, self.arch, self.sms,
+                self.entropy,
+            )  # fmt: skip
+        return state
 
     def empty_tile(self, n: int, s: int, like: Tensor) -> Tensor:
         return empty_rows(n, s, like)

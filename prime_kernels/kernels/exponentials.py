@@ -1,10 +1,10 @@
-"""One read of the logits: a GEMM whose epilogue keeps their exponentials in 16 bits, with the statistics of each row.
+"""The GEMM of the logits whose epilogue takes e^z: a row's statistics, and what a loss's gradient needs, at one look.
 
-    E = e^{z − k},  k near the row's maximum        2NDV FLOP, 2 bytes a logit
+    E = e^{z − k},  k near the row's maximum        2NDV FLOP, 2 bytes a logit where E is kept
     dZ = v·E,       v = −dlogp·e^{k − logsumexp}    a factor of the row, known once the loss is
     E_target = −Σ_{others} E                        so that v·E is (1 − p)·dlogp there
 
-so a loss needs no second look at the logits: dX = v·(E W) and dW = Eᵀ(v·X).
+so a loss needs no second look at the logits: dX = v·(E W) and dW = Eᵀ(v·X). Statistics alone keep no E.
 
 1. `offsets`        one program a row: k, the target's logit, which a trained model puts near the maximum
 2. `exponentials`   persistent, one tile at a time; a row whose tile reaches beyond k takes an offset of its own there
@@ -26,12 +26,13 @@ from .fused import GROUP_ROWS, launch_options, operands, result, tile_logits, ti
 _REACH = tl.constexpr(22.0)
 OFFSET_BLOCK_D = 1024
 MERGE_ROWS, MERGE_TILES = 32, 64
-STATES = 6  # max, sum, moment and target as `finish` takes them; offset and sum of the others as E has them
+STATES = 6  # of a row: max, sum, moment and target as `finish` takes them; offset and sum of the others as E has them
 
 
 @triton.jit
 def offsets_kernel(
-    h_ptr, w_ptr, bias_ptr, code_ptr, temperature_ptr, offset_ptr, stride_hn, stride_wv, V, D, BLOCK_D: tl.constexpr
+    h_ptr, w_ptr, bias_ptr, code_ptr, temperature_ptr, offset_ptr, stride_hn, stride_wv, V, D, softcap,
+    KEPT: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     code = tl.load(code_ptr + row)
@@ -44,15 +45,16 @@ def offsets_kernel(
         total += h * tl.load(w_ptr + column * stride_wv + offs, mask=offs < D, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + column).to(tl.float32) if bias_ptr is not None else None
     scale = inverse_temperature(tl.load(temperature_ptr + row)) if temperature_ptr is not None else None
-    z = head_logit(tl.sum(total, axis=0), bias, scale, None)
-    # A banned target or one that is no number leaves every tile to its own offset.
-    tl.store(offset_ptr + row, tl.where(owned, tl.maximum(z, _FLOOR), 0.0))
+    z = head_logit(tl.sum(total, axis=0), bias, scale, softcap)
+    # A banned target or one that is no number leaves every tile to its own offset, and so does one that is not here;
+    # but not where E is kept, as then an ignored row's tiles would be brought to one offset for nothing.
+    tl.store(offset_ptr + row, tl.where(owned, tl.maximum(z, _FLOOR), 0.0 if KEPT else _FLOOR))
 
 
 @triton.jit
 def exponentials_kernel(
     h, w, bias_ptr, code_ptr, temperature_ptr, offset_ptr, e, partial_ptr,
-    stride_hn, stride_wv, stride_en, stride_k, stride_state, N, V, D, first_tile, tiles,
+    stride_hn, stride_wv, stride_en, stride_k, stride_state, N, V, D, first_tile, tiles, softcap,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, GROUP_ROWS: tl.constexpr,
     RAGGED: tl.constexpr, ENTROPY: tl.constexpr,
     TMA: tl.constexpr, WARP_SPECIALIZE: tl.constexpr, FLATTEN: tl.constexpr, UPCAST: tl.constexpr,
@@ -85,7 +87,7 @@ def exponentials_kernel(
             else:
                 bias = tl.load(bias_ptr + col0 + offs_v)
             bias = bias.to(tl.float32)[None, :]
-        z = head_logit(x, bias, scale, None)
+        z = head_logit(x, bias, scale, softcap)
         is_target = offs_v[None, :] == (label - col0)[:, None]
         target = tl.sum(tl.where(is_target, z, 0.0), axis=1)
         z = tl.where(is_target, float("-inf"), z)
@@ -103,12 +105,13 @@ def exponentials_kernel(
             moment = tl.sum(p * tl.maximum(d, _EXP_FLOOR), axis=1)
             tl.store(out + 2 * stride_state, moment, mask=inside_n)
         tl.store(out + 3 * stride_state, target, mask=inside_n)
-        if TMA:
-            e.store([row0, col0], p.to(e.dtype))
-        else:
-            place = e + offs_n[:, None].to(tl.int64) * stride_en + (col0 + offs_v)[None, :]
-            padded = offs_v < tl.cdiv(V, _PADDED) * _PADDED - col0
-            tl.store(place, p.to(e.dtype.element_ty), mask=inside_n[:, None] & padded[None, :])
+        if e is not None:
+            if TMA:
+                e.store([row0, col0], p.to(e.dtype))
+            else:
+                place = e + offs_n[:, None].to(tl.int64) * stride_en + (col0 + offs_v)[None, :]
+                padded = offs_v < tl.cdiv(V, _PADDED) * _PADDED - col0
+                tl.store(place, p.to(e.dtype.element_ty), mask=inside_n[:, None] & padded[None, :])
 
 
 @triton.jit
@@ -209,23 +212,45 @@ def exponentials(
     The first four of the rows' are what `finish` takes. Rows of e start at multiples of `PADDED` elements; what lies
     between may be written.
     """
+    return _statistics(h, w, bias, codes, temperature, None, e, arch, sms, entropy)
+
+
+def statistics(
+    h: Tensor, w: Tensor, bias: Tensor | None, codes: Tensor, temperature: Tensor | None, softcap: float | None,
+    arch: int, sms: int, entropy: bool,
+) -> Tensor:  # fmt: skip
+    """Statistics [4, n] of the rows of h [n, D] against w [V, D], as `finish` takes them."""
+    return _statistics(h, w, bias, codes, temperature, softcap, None, arch, sms, entropy)[1][:4]
+
+
+def tile_bytes(V: int, arch: int, *, bias: bool, softcap: bool) -> int:
+    """Bytes that a row's statistics take before its tiles are merged."""
+    return 16 * triton.cdiv(V, exponentials_settings(arch, bias=bias, softcap=softcap).block_v)
+
+
+def _statistics(
+    h: Tensor, w: Tensor, bias: Tensor | None, codes: Tensor, temperature: Tensor | None, softcap: float | None,
+    e: Tensor | None, arch: int, sms: int, entropy: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     (n, D), V = h.shape, w.shape[0]
-    settings = exponentials_settings(arch, bias=bias is not None)
+    settings = exponentials_settings(arch, bias=bias is not None, softcap=softcap is not None)
     whole, rest = divmod(V, settings.block_v)
     partials = h.new_empty((whole + (rest > 0), 4, n), dtype=torch.float32)
     state = h.new_empty((STATES, n), dtype=torch.float32)
     offset = h.new_empty(n, dtype=torch.float32)
     offsets_kernel[(n,)](
-        h, w, bias, codes, temperature, offset, h.stride(0), w.stride(0), V, D,
-        BLOCK_D=OFFSET_BLOCK_D, num_warps=4, **EXACT,
+        h, w, bias, codes, temperature, offset, h.stride(0), w.stride(0), V, D, softcap,
+        KEPT=e is not None, BLOCK_D=OFFSET_BLOCK_D, num_warps=4, **EXACT,
     )  # fmt: skip
     row_tiles = triton.cdiv(n, settings.block_n)
     for ragged, first, tiles in ((False, 0, whole), (True, whole, int(rest > 0))):
         if not tiles:
             continue
         exponentials_kernel[(min(row_tiles * tiles, sms),)](
-            *operands(h, w, settings), bias, codes, temperature, offset, result(e, settings), partials,
-            h.stride(0), w.stride(0), e.stride(0), partials.stride(0), partials.stride(1), n, V, D, first, tiles,
+            *operands(h, w, settings), bias, codes, temperature, offset,
+            None if e is None else result(e, settings), partials,
+            h.stride(0), w.stride(0), 0 if e is None else e.stride(0), partials.stride(0), partials.stride(1),
+            n, V, D, first, tiles, softcap,
             GROUP_ROWS=GROUP_ROWS, RAGGED=ragged, ENTROPY=entropy, **launch_options(settings),
         )  # fmt: skip
     merge_tiles_kernel[(triton.cdiv(n, MERGE_ROWS),)](
@@ -241,7 +266,7 @@ def settle(
 ) -> Tensor:  # fmt: skip
     """Bring e [n, V] to where its rows times the factor [n] that is returned are ∂L/∂(hidden·weightᵀ)."""
     n, V = e.shape
-    K, settings = len(partials), exponentials_settings(arch, bias=bias)
+    K, settings = len(partials), exponentials_settings(arch, bias=bias, softcap=False)
     factor = torch.empty_like(dlogp)
     settle_kernel[(triton.cdiv(n, MERGE_ROWS), triton.cdiv(K, MERGE_TILES))](
         e, partials, state, codes, temperature, row_max, logsum, dlogp, factor,

@@ -175,16 +175,16 @@ def test_a_peer_that_is_not_unpacked_is_unavailable_and_says_how_to_get_it():
 
 
 def test_tile_candidates_start_with_the_settings_in_force_and_leave_the_tables_alone():
-    before = dict(plan.FUSED_STATS)
+    before = dict(plan.FUSED)
     for arch in (0, 80, 90, 100):
-        found = tiles.candidates(plan.FUSED_STATS, arch)
-        assert found[0] == plan.stats_settings(arch, ragged=False, bias=False, softcap=False)
+        found = tiles.candidates(arch)
+        assert found[0] == plan.exponentials_settings(arch, bias=False, softcap=False)
         assert len(found) == len(set(found)) > 1
-    candidate = tiles.candidates(plan.FUSED_STATS, 90)[1]
-    with tiles.in_place(plan.FUSED_STATS, 90, candidate):
-        assert plan.stats_settings(90, ragged=False, bias=False, softcap=False) == candidate
-        assert plan.stats_settings(90, ragged=True, bias=False, softcap=False) == before[90][2]
-    assert before == plan.FUSED_STATS
+    candidate = tiles.candidates(90)[1]
+    with tiles.in_place(90, candidate):
+        assert plan.exponentials_settings(90, bias=False, softcap=False) == candidate
+        assert plan.exponentials_settings(90, bias=False, softcap=True) == before[90][2]
+    assert before == plan.FUSED
     assert eval(tiles.literal(candidate), vars(plan)) == candidate
 
 
@@ -284,7 +284,7 @@ def test_gpu_command_enters_every_section_and_survives_a_crash(tmp_path):
     assert found.ceilings is not None
     assert found.memory
     assert all(s["forward"] <= s["bound"] for s in found.scratch)
-    assert any("FUSED_STATS[0][0]: GemmSettings(" in line for line in found.best)
+    assert any("FUSED[0][0]: GemmSettings(" in line for line in found.best)
     assert found.stages
     files = list(tmp_path.iterdir())
     assert {"results.json", "log.txt", "speed.png", "error.png", "memory.png"} == {f.name for f in files}

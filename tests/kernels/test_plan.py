@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prime_kernels import plan
-from prime_kernels.plan import blocks, choose_strategy, plan_tiling, vocab_splits
+from prime_kernels.plan import blocks, choose_strategy, plan_tiling
 
 MIB = 1 << 20
 
@@ -100,27 +100,18 @@ def test_blocks_cover_a_range_once_and_in_order(total, size):
     assert all(stop - start <= size for start, stop in blocks(total, size))
 
 
-def test_vocabulary_is_split_so_that_the_last_wave_of_programs_is_full():
-    # 64 blocks of tokens on 132 processors: two parts keep 128 of them busy.
-    assert vocab_splits(8192, 512, block_n=128, sms=132) == 2
-    # One block of tokens: as many parts as there are processors, none shallower than four tiles.
-    assert vocab_splits(1, 594, block_n=128, sms=132) == 119
-    assert vocab_splits(1, 3, block_n=128, sms=132) == 1
-
-
 @pytest.mark.parametrize("arch", [0, 80, 86, 89, 90, 100, 103, 120])
 def test_every_architecture_has_settings(arch):
     for flag in (False, True):
-        assert plan.stats_settings(arch, ragged=flag, bias=flag, softcap=flag).block_n > 0
+        assert plan.exponentials_settings(arch, bias=flag, softcap=flag).block_n > 0
         assert plan.dlogits_settings(arch, entropy=flag, softcap=flag).block_n > 0
-    assert plan.stats_settings(89, ragged=False, bias=False, softcap=False).tma is False
+    assert plan.exponentials_settings(89, bias=False, softcap=False).tma is False
 
 
 def test_settings_of_a_heavier_epilogue_have_no_larger_tile():
-    for table in (plan.FUSED_STATS, plan.FUSED_DLOGITS):
-        for settings in table.values():
-            sizes = [s.block_n * s.block_v for s in settings]
-            assert sizes == sorted(sizes, reverse=True)
+    for settings in plan.FUSED.values():
+        sizes = [s.block_n * s.block_v for s in settings]
+        assert sizes == sorted(sizes, reverse=True)
 
 
 def one_pass(N, **changes):
