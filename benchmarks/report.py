@@ -216,7 +216,7 @@ def speed_block(results: Path, folder: Path) -> str:
         f"{case.spec.what} at N = {case.N}, D = {case.D}, V = {case.V} in {case.dtype} on {env['hardware']}, "
         f"{env['date']}: {', '.join(found) or 'not measured'}."
     )
-    return f"{picture('time, and that of bare GEMMs over it, by tokens', kept / 'speed.png', folder)}\n\n{line}"
+    return f"{picture('time of each op by everybody, beside its bare GEMMs', kept / 'speed.png', folder)}\n\n{line}"
 
 
 def page_blocks(results: Path = RESULTS) -> dict[str, Block]:

@@ -25,6 +25,9 @@ from benchmarks.providers import providers_of
 from benchmarks.roofline import measure_ceilings
 from prime_kernels.devices import device_arch
 
+# Folders outside of which no test wants a GPU: what is not collected takes no time.
+WITH_GPU_TESTS = ("tests/kernels", "tests/benchmarks")
+
 
 @dataclass(frozen=True, slots=True)
 class Context:
@@ -64,11 +67,11 @@ def ceilings(context: Context) -> None:
 
 def tests(context: Context) -> None:
     """The tests that need a GPU, in parallel where the machine has the processors and pytest the plugin."""
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-rf", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-rf", "-p", "no:cacheprovider", *WITH_GPU_TESTS]
     processors = len(os.sched_getaffinity(0))
     if processors >= 8 and importlib.util.find_spec("xdist"):
-        command += ["-n", "8"]
-    environment = os.environ if context.dry else {**os.environ, "TRITON_INTERPRET": "0"}
+        command += ["-n", str(min(processors - 2, 12)), "--dist", "worksteal"]
+    environment = os.environ if context.dry else {**os.environ, "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
     last = ""
     with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as running:
         assert running.stdout is not None

@@ -234,8 +234,11 @@ def dlogits_settings(arch: int, *, entropy: bool, softcap: bool) -> GemmSettings
 
 
 def exponentials_settings(arch: int, *, bias: bool, softcap: bool) -> GemmSettings:
-    """Settings of `exponentials` on compute capability `arch`."""
-    return of_architecture(FUSED, arch)[2 if softcap else int(bias and arch >= 100)]
+    """Settings of `exponentials` on compute capability `arch`.
+
+    On sm_100 the next smaller tile, as the largest one's epilogue has registers for a gradient alone.
+    """
+    return of_architecture(FUSED, arch)[2 if softcap or (bias and arch == 100) else int(100 <= arch < 120)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -178,7 +178,7 @@ def test_tile_candidates_start_with_the_settings_in_force_and_leave_the_tables_a
     before = dict(plan.FUSED)
     for arch in (0, 80, 90, 100):
         found = tiles.candidates(arch)
-        assert found[0] == plan.exponentials_settings(arch, bias=False, softcap=False)
+        assert found[0] == plan.dlogits_settings(arch, entropy=False, softcap=False)
         assert len(found) == len(set(found)) > 1
     candidate = tiles.candidates(90)[1]
     with tiles.in_place(90, candidate):
@@ -234,7 +234,7 @@ def test_speed_is_a_picture_and_a_line_with_our_fastest_and_the_fastest_other(tm
     old = replace(run, environment={**run.environment, "date": "2025-01-01"}, rows=[replace(ours, ms=1.0)])
     report.write(old, results / "z-older")
     shown, empty, line = report.speed_block(results, tmp_path / "docs").split("\n")
-    assert shown == "![time, and that of bare GEMMs over it, by tokens](../results/some-gpu/speed.png)"
+    assert shown == "![time of each op by everybody, beside its bare GEMMs](../results/some-gpu/speed.png)"
     assert not empty
     assert "Some GPU, 2026-01-01: ours-fused 40.0 ms and 3.00 GiB, cce 70.0 ms and 3.00 GiB." in line
 
@@ -287,7 +287,7 @@ def test_gpu_command_enters_every_section_and_survives_a_crash(tmp_path):
     assert any("FUSED[0][0]: GemmSettings(" in line for line in found.best)
     assert found.stages
     files = list(tmp_path.iterdir())
-    assert {"results.json", "log.txt", "speed.png", "error.png", "memory.png"} == {f.name for f in files}
+    assert {"results.json", "log.txt", "speed.png", "error.png", "memory.png"} <= {f.name for f in files}
     assert len(files) <= 8
 
 
