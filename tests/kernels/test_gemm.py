@@ -37,6 +37,19 @@ def users_choice():
     matmul.allow_bf16_reduced_precision_reduction = before
 
 
+@pytest.mark.parametrize("dtype", [BF16, F16, F32])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_column_sums_are_exact_to_fp32_with_and_without_a_factor_of_each_row(device, dtype):
+    g = torch.Generator().manual_seed(0)
+    t = torch.randn(300, 70, generator=g).to(device, dtype)
+    factor = torch.randint(-8, 8, (300,), generator=g).to(device, F32)  # in any dtype the same
+    exact = t.double()
+    torch.testing.assert_close(gemm.column_sums(t, F32).double(), exact.sum(0), rtol=1e-5, atol=1e-5)
+    if device == "cuda" or dtype == F32:  # a CPU sums no 16-bit products in fp32
+        got = gemm.column_sums(t, F32, factor).double()
+        torch.testing.assert_close(got, (exact * factor[:, None].double()).sum(0), rtol=1e-5, atol=1e-4)
+
+
 @pytest.mark.parametrize("pair", [(True, True), (False, True), (False, False)])
 def test_reduced_precision_sums_are_forbidden_and_the_users_choice_restored(users_choice, pair):
     users_choice(*pair)
@@ -103,6 +116,12 @@ def test_an_error_inside_an_op_leaves_the_flags_as_they_were(users_choice):
 def test_ops_on_a_cpu_touch_no_flag_of_the_process(monkeypatch):
     monkeypatch.setattr(gemm._flags, "enter", lambda: pytest.fail("a CPU has no use for cuBLAS's flags"))
     linear_logprob(torch.randn(3, 4), torch.randn(5, 4), torch.tensor([0, 1, 2]))
+
+
+def test_a_call_asks_torch_nothing_that_its_oldest_compiler_cannot_trace(monkeypatch):
+    monkeypatch.setattr(torch.amp, "is_autocast_available", lambda device: pytest.fail("asked for autocast"))
+    x = make_inputs(4, 8, 9, F32, "cpu")
+    run(linear_logprob, x)
 
 
 @pytest.mark.parametrize(("device", "backend"), RUNS)
