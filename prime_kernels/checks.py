@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .constants import INVALID
+from .constants import IGNORED, INVALID
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # 1/temperature is a number in fp32 with room for the logits it multiplies.
@@ -86,8 +86,11 @@ def check_head_values(targets: Tensor, codes: Tensor, temperature: Tensor | None
             f"targets must be in [0, {int(total_vocab)}) or ignore_index, "
             f"got {int(targets[at])} at token {at} ({int(bad.sum())} such tokens)"
         )
-    if temperature is not None and not (temperature > 0).all():
-        at = int((~(temperature > 0)).nonzero()[0])
+    if temperature is None:
+        return
+    bad = ~(temperature > 0) & (codes != IGNORED)
+    if bad.any():
+        at = int(bad.nonzero()[0])
         raise ValueError(f"temperature must be > 0, got {float(temperature[at])} at token {at}")
 
 

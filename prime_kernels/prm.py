@@ -81,6 +81,7 @@ def _sequence_terms(
     else:
         reward = token_reward(logp, ref, mask, beta)
         logits = sequences.sums(reward)
+        logits = logits + logits * 0  # NaN of an infinite reward: a sigmoid must not turn that into a number
     if not use_triton or group_ids is not None:
         if group_ids is None:
             loss = softplus(-logits.abs()) + logits.clamp(min=0) - logits * outcomes

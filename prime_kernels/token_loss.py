@@ -86,7 +86,11 @@ def linear_token_loss(
             )
     flat_inputs = [t.detach().reshape(-1) for t in inputs]
     call = HeadCall(**head)
-    loss, logp, row_entropy = _TokenLoss.apply(call.hidden, call.weight, call.bias, call, loss_fn, flat_inputs, entropy)
+    # Inside a Function none are on. Where they are outside, a closure over a parameter is refused, head frozen or not.
+    grad = torch.is_grad_enabled()
+    loss, logp, row_entropy = _TokenLoss.apply(
+        call.hidden, call.weight, call.bias, call, loss_fn, flat_inputs, entropy, grad
+    )  # fmt: skip
     return TokenLoss(loss, logp, row_entropy if entropy else None)
 
 
@@ -94,9 +98,9 @@ class _TokenLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: HeadCall, loss_fn: LossFn,
-        inputs: list[Tensor], entropy: bool,
+        inputs: list[Tensor], entropy: bool, grad: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        need = ctx.needs_input_grad
+        need = [grad and n for n in ctx.needs_input_grad]
         wanted = Wanted(hidden=need[0], weight=need[1], bias=need[2])
         call = replace(
             call, hidden=hidden.detach(), weight=weight.detach(), bias=None if bias is None else bias.detach()
@@ -104,7 +108,7 @@ class _TokenLoss(torch.autograd.Function):
         head = {"hidden": hidden, "weight": weight, "softcap": call.softcap, "backend": call.backend}
         ctx.keeps = keeps_exponentials(head, trains_weight=wanted.weight, entropy_gradient=entropy)
         run = _shapes if is_shape_only(hidden, weight) else _numbers
-        loss, logp, row_entropy, found = run(call, loss_fn, inputs, entropy, wanted, ctx.keeps)
+        loss, logp, row_entropy, found = run(call, loss_fn, inputs, entropy, wanted, ctx.keeps, grad)
         ctx.mark_non_differentiable(logp, row_entropy)
         ctx.set_materialize_grads(False)
         ctx.state, ctx.dtype, ctx.anchor = {}, hidden.dtype, anchor((hidden, weight, bias))
@@ -114,7 +118,7 @@ class _TokenLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, *_: Tensor) -> tuple[Tensor | None, ...]:
         if upstream is None:
-            return (None,) * 7
+            return (None,) * 8
         with torch.no_grad():
             give_away(ctx.state)
             if ctx.keeps:
@@ -127,11 +131,11 @@ class _TokenLoss(torch.autograd.Function):
                 gradients = stored(ctx.saved_tensors, upstream, ctx.dtype)
         gradients = first_order("linear_token_loss", ctx.anchor, (upstream,), gradients)
         needed = zip(gradients, ctx.needs_input_grad, strict=False)
-        return (*(t if need else None for t, need in needed), None, None, None, None)
+        return (*(t if need else None for t, need in needed), None, None, None, None, None)
 
 
 def _numbers(
-    call: HeadCall, loss_fn: LossFn, inputs: list[Tensor], entropy: bool, wanted: Wanted, keeps: bool
+    call: HeadCall, loss_fn: LossFn, inputs: list[Tensor], entropy: bool, wanted: Wanted, keeps: bool, grad: bool
 ) -> tuple[Tensor, Tensor, Tensor, Iterable[Tensor]]:
     """Loss, log-probs [...] and entropies [...] (of no tokens where not asked for), and what backward wants.
 
@@ -147,7 +151,7 @@ def _numbers(
             if stats.entropy is not None:
                 row_entropy[at] = stats.entropy
             loss, dlogp, dentropy = _differentiate(
-                loss_fn, stats.logp, stats.entropy, [t[at] for t in inputs], bool(wanted)
+                loss_fn, stats.logp, stats.entropy, [t[at] for t in inputs], bool(wanted), grad
             )
             token_loss[at] = torch.where(rows.codes[at] != IGNORED, loss, 0)
             return dlogp, dentropy
@@ -164,7 +168,7 @@ def _numbers(
 
 
 def _shapes(
-    call: HeadCall, loss_fn: LossFn, inputs: list[Tensor], entropy: bool, wanted: Wanted, keeps: bool
+    call: HeadCall, loss_fn: LossFn, inputs: list[Tensor], entropy: bool, wanted: Wanted, keeps: bool, grad: bool
 ) -> tuple[Tensor, Tensor, Tensor, Iterable[Tensor]]:
     """What `_numbers` returns, of tensors without numbers."""
     found = Gradients.empty(call.hidden, call.weight, wanted)
@@ -174,20 +178,21 @@ def _shapes(
 
 
 def _differentiate(
-    loss_fn: LossFn, logp: Tensor, entropy: Tensor | None, inputs: list[Tensor], wanted: bool
+    loss_fn: LossFn, logp: Tensor, entropy: Tensor | None, inputs: list[Tensor], wanted: bool, grad: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """loss_fn's values [n] and its derivatives with respect to logp and entropy."""
     leaves = [logp.detach().requires_grad_(wanted)]
     if entropy is not None:
         leaves.append(entropy.detach().requires_grad_(wanted))
-    with torch.set_grad_enabled(wanted):
+    with torch.set_grad_enabled(grad):
         loss = loss_fn(leaves[0], leaves[1] if entropy is not None else None, *inputs)
     if not isinstance(loss, Tensor) or loss.shape != logp.shape:
         found = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
         raise ValueError(f"loss_fn must return a loss for each of {len(logp)} tokens, got {found}")
     dlogp, dentropy = torch.zeros_like(logp), None
-    if wanted and loss.requires_grad:
+    if loss.requires_grad:
         _refuse_closures(loss, leaves)
+    if wanted and loss.requires_grad:
         found_grads = torch.autograd.grad(loss, leaves, torch.ones_like(loss), allow_unused=True)
         dlogp = dlogp if found_grads[0] is None else found_grads[0]
         dentropy = found_grads[1] if entropy is not None else None

@@ -115,6 +115,7 @@ def prm_kernel(
         tl.store(reward_ptr + offs, r, mask=inside)
         total += r
     logit = tl.sum(total, axis=0)
+    logit += logit * 0.0  # NaN of an infinite reward: a sigmoid must not turn that into a number
     tl.store(logit_ptr + seq, logit)
 
     if outcome_ptr is not None:

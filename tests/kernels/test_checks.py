@@ -16,6 +16,7 @@ from prime_kernels import (
     prm_loss,
     set_workspace,
 )  # fmt: skip
+from tests.support.oracle import F32, make_inputs
 
 
 def call(**changes):
@@ -194,6 +195,20 @@ def test_a_dtensor_weight_is_refused_with_the_way_out():
             call(weight=weight)
     finally:
         destroy_process_group()
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, torch.nan])
+def test_the_temperature_of_an_ignored_token_is_not_looked_at(value):
+    x = make_inputs(5, 8, 9, F32, "cpu")
+    x.targets[2] = -100
+    temperature = torch.ones(5)
+    temperature[2] = value
+    logp = linear_logprob(x.hidden, x.weight, x.targets, temperature=temperature).logp
+    assert logp.isfinite().all()
+    assert logp[2] == 0
+    temperature[3] = value
+    with pytest.raises(ValueError, match=r"temperature must be > 0, got .* at token 3"):
+        linear_logprob(x.hidden, x.weight, x.targets, temperature=temperature)
 
 
 @pytest.mark.gpu

@@ -49,6 +49,27 @@ def test_any_beta_keeps_the_error_bound(device, backend, beta):
     )
 
 
+@pytest.mark.parametrize("kind", ["ce", "dpo"])
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("what", ["ref", "mask"])
+@pytest.mark.parametrize(("device", "backend"), GIVEN)
+def test_an_infinite_input_of_a_token_that_counts_makes_the_loss_nan(device, backend, what, value, kind):
+    logp, ref, mask = torch.randn(50).to(device), torch.randn(50).to(device), torch.ones(50, device=device)
+    {"ref": ref, "mask": mask}[what][7] = value
+    bounds, outcomes = sequences(device)
+    for outcome in (0.0, 1.0):  # of the sequence that token 7 is in: whichever agrees with the infinite reward
+        outcomes = outcomes.clone()
+        outcomes[1] = outcome
+        leaf = logp.clone().requires_grad_()
+        loss = prm_loss(
+            leaf, ref, bounds, outcomes, mask=mask, kind=kind, group_ids=GROUPS.to(device), backend=backend
+        ).loss  # fmt: skip
+        loss.backward()
+        assert loss.isnan()
+        assert leaf.grad is not None
+        assert leaf.grad[1:14].isnan().all()
+
+
 @pytest.mark.parametrize(("device", "backend"), RUNS)
 def test_prm_that_equals_its_reference_has_loss_ln_2_and_reward_zero(device, backend):
     x = make_inputs(50, 32, 130, BF16, device)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from prime_kernels import linear_token_loss, reference, set_workspace
+from prime_kernels import gemm, linear_token_loss, reference, set_workspace
 from tests.support.oracle import BF16, F32, F64, RUNS, RUNS_BY_DTYPE, assert_loss_exact, make_inputs, run_loss
 
 
@@ -126,3 +126,27 @@ def test_bad_input_is_refused_by_name():
         linear_token_loss(*args, reinforce, (1.0,))
     with pytest.raises(ValueError, match=r"loss_fn must return a loss for each of 9 tokens, got \[\]"):
         linear_token_loss(*args, lambda logp, entropy: logp.mean())
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_loss_that_closes_over_a_parameter_is_refused_whether_or_not_the_head_trains(frozen):
+    x = make_inputs(6, 8, 9, F32, "cpu")
+    scale = torch.ones(1, requires_grad=True)
+    hidden, weight = (t.detach().requires_grad_(not frozen) for t in (x.hidden, x.weight))
+    with pytest.raises(ValueError, match=r"loss_fn must not use tensors that require a gradient .* of shape \[1\]"):
+        linear_token_loss(hidden, weight, x.targets, lambda logp, _: -scale * logp)
+    with torch.no_grad():  # where nobody expects one
+        out = linear_token_loss(hidden, weight, x.targets, lambda logp, _: -scale * logp)
+    assert not out.loss.requires_grad
+    torch.testing.assert_close(out.loss, -out.logp.sum())
+
+
+def test_without_gradients_no_product_of_them_is_made(monkeypatch):
+    x = make_inputs(6, 8, 9, F32, "cpu")
+    made = []
+    mm = gemm.mm
+    monkeypatch.setattr(gemm, "mm", lambda a, b, out: (made.append(tuple(out.shape)), mm(a, b, out))[1])
+    hidden, weight = x.hidden.requires_grad_(), x.weight.requires_grad_()
+    with torch.no_grad():
+        linear_token_loss(hidden, weight, x.targets, lambda logp, _: -logp)
+    assert made == [(6, 9)]
