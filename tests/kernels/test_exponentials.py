@@ -46,7 +46,7 @@ def assert_rows_exact(hidden, weight, targets, **options):
     return got
 
 
-@pytest.mark.parametrize("place", [3, 1030, 2090])
+@pytest.mark.parametrize("place", [3, 2090])
 @pytest.mark.parametrize("lead", [10.0, 60.0, 400.0])
 @pytest.mark.parametrize(("device", "backend"), FUSED)
 def test_a_column_far_above_the_target_keeps_every_rows_gradient(device, backend, lead, place):
