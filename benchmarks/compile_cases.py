@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from prime_kernels import constants, plan
 from prime_kernels.kernels import exponentials, fused, losses, rows
@@ -15,7 +16,7 @@ class Case:
 
     kernel: str
     variant: str
-    fn: object
+    fn: Any  # a jitted function, which has no type that one could name
     types: dict[str, str]  # argument -> Triton type; the ones left out are constants
     constants: Constants
     num_warps: int
@@ -27,7 +28,7 @@ class Case:
 
 
 # Integers that are multiples of 16 at the shapes of real models.
-ALIGNED = ("N", "V", "D", "first_col", "col0")
+ALIGNED = ("N", "V", "D", "col0")
 # The optional arguments of the kernels by the option that brings them.
 OPTIONS: dict[str, dict[str, str]] = {
     "bias": {"bias_ptr": "*bf16"},
@@ -213,17 +214,14 @@ def _row_of_exponentials_cases(entropy: bool) -> list[Case]:
     settle = {"e_ptr": "*bf16", "code_ptr": "*i64"}
     settle |= dict.fromkeys(("partial_ptr", "state_ptr", "max_ptr", "logsum_ptr", "dlogp_ptr", "factor_ptr"), "*fp32")
     settle |= dict.fromkeys(("stride_en", "stride_k", "stride_out", "N", "V", "K"), "i32")
+    # A softcap keeps no exponentials.
+    of_offsets = {"BLOCK_D": exponentials.OFFSET_BLOCK_D, "KEPT": not entropy}
     block = {"ROWS": exponentials.MERGE_ROWS, "TILES": exponentials.MERGE_TILES}
     variant = "all options" if entropy else "plain"
     return [
         _case(name, variant, fn, arguments, types, none, constants, num_warps=4)
         for name, fn, arguments, constants in (
-            (
-                "offsets",
-                exponentials.offsets_kernel,
-                offsets,
-                {"BLOCK_D": exponentials.OFFSET_BLOCK_D, "KEPT": entropy},
-            ),
+            ("offsets", exponentials.offsets_kernel, offsets, of_offsets),
             ("merge_tiles", exponentials.merge_tiles_kernel, merge, {**block, "ENTROPY": entropy}),
             ("settle", exponentials.settle_kernel, settle, {**block, "BLOCK_V": 256, "COLUMNS": 64}),
         )
@@ -231,10 +229,10 @@ def _row_of_exponentials_cases(entropy: bool) -> list[Case]:
 
 
 def _case(
-    kernel: str, variant: str, fn: object, arguments: dict[str, str], types: dict[str, str], none: Constants,
+    kernel: str, variant: str, fn: Any, arguments: dict[str, str], types: dict[str, str], none: Constants,
     constants: Constants, num_warps: int, num_stages: int = 3, is_gemm: bool = False,
 ) -> Case:  # fmt: skip
-    names = fn.arg_names  # type: ignore[attr-defined]
+    names = fn.arg_names
     types = arguments | {name: kind for name, kind in types.items() if name in names}
     constants = {**constants, **{name: None for name in none if name in names}}
     return Case(kernel, variant, fn, types, constants, num_warps, num_stages, is_gemm)

@@ -85,7 +85,7 @@ class Compiled:
 
 def compile_case(case: Case, arch: int) -> Compiled:
     """Compile for `arch`; pointers and strides are taken to be multiples of 16, as those of real shapes are."""
-    names = case.fn.arg_names  # type: ignore[attr-defined]
+    names = case.fn.arg_names
     signature = {name: case.types.get(name, "constexpr") for name in names}
     multiples = [name for name in ALIGNED if not (case.ragged and name == "V")]
     aligned = {

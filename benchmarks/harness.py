@@ -157,7 +157,8 @@ def paired_milliseconds(
     _synchronize(device)
     once = (time.perf_counter() - begun) * 1e3
     runs = min(max(math.ceil(effort.milliseconds / max(once, 1e-3)), effort.least), effort.most)
-    marks = [_marks(device) for _ in range(runs)]
+    event = partial(torch.cuda.Event, enable_timing=True) if device.type == "cuda" else _HostEvent
+    marks: list[Any] = [(event(), event(), event()) for _ in range(runs)]
     for i, (start, between, stop) in enumerate(marks):
         start.record()
         other()
@@ -176,12 +177,6 @@ class _HostEvent:
 
     def elapsed_time(self, later: "_HostEvent") -> float:
         return (later.at - self.at) * 1e3
-
-
-def _marks(device: torch.device) -> tuple[Any, Any, Any]:
-    if device.type == "cuda":
-        return tuple(torch.cuda.Event(enable_timing=True) for _ in range(3))  # type: ignore[return-value]
-    return _HostEvent(), _HostEvent(), _HostEvent()
 
 
 def median_and_spread(times: list[float]) -> tuple[float, float]:

@@ -23,24 +23,13 @@ def draw(report: Report, out: Path) -> None:
     timed = [row for row in report.rows if row.ms is not None]
     if timed:
         main = [row for row in timed if _shape(row.case) == _shape(timed[0].case)]
-        _bars(report, main, lambda row: row.ms, "{:.1f}", "ms; the line is the op's bare GEMMs", out / "speed.png")
-        _bars(
-            report,
-            main,
-            lambda row: row.error,
-            "{:.1e}",
-            "error against fp64, ‖Δ‖/‖exact‖",
-            out / "error.png",
-            log=True,
+        wanted: tuple[tuple[str, Callable[[Row], float | None], str, str], ...] = (
+            ("speed", lambda row: row.ms, "{:.1f}", "ms; the line is the op's bare GEMMs"),
+            ("error", lambda row: row.error, "{:.1e}", "error against fp64, ‖Δ‖/‖exact‖"),
+            ("memory", lambda row: (row.peak_bytes or 0) / 2**30, "{:.2f}", "peak beyond the inputs, GiB"),
         )
-        _bars(
-            report,
-            main,
-            lambda row: (row.peak_bytes or 0) / 2**30,
-            "{:.2f}",
-            "peak beyond the inputs, GiB",
-            out / "memory.png",
-        )
+        for name, value, form, label in wanted:
+            _bars(report, main, value, form, label, out / f"{name}.png", log=name == "error", floor=name == "speed")
     paired = [row for row in timed if row.of_bare is not None]
     swept = _ops([row for row in paired if _points(paired, row) > 1])
     if swept:
@@ -84,9 +73,9 @@ def _save(figure: Any, report: Report, path: Path) -> None:
 
 def _bars(
     report: Report, rows: list[Row], value: Callable[[Row], float | None], form: str, label: str, path: Path,
-    log: bool = False,
+    log: bool = False, floor: bool = False,
 ) -> None:  # fmt: skip
-    """A panel for each op, the smallest on top; ours in colour."""
+    """A panel for each op, the smallest on top; ours in colour. `floor` draws the time of the op's bare GEMMs."""
     from matplotlib.ticker import NullFormatter
 
     ops = _ops(rows)
@@ -112,7 +101,7 @@ def _bars(
             axis.set_xlim(10.0 ** math.floor(least), 10.0 ** math.ceil(largest + 0.3))
             axis.xaxis.set_minor_formatter(NullFormatter())
         bare = [row.ms * row.of_bare for _, row in found if row.ms and row.of_bare]
-        if path.name == "speed.png" and bare:
+        if floor and bare:
             axis.axvline(sorted(bare)[len(bare) // 2], color="k", linewidth=1, linestyle=":")
     _save(figure, report, path)
 

@@ -1,7 +1,8 @@
 """How far a time is from what the hardware allows.
 
 Two floors for a case: its GEMMs at the rates that bare products of the same shape reach in the same run, and its least
-bytes at the rate of a large copy. The larger of them is the floor; its share of a measured time is what is reported.
+bytes at the rate of a large copy. The larger of them is the floor. A row's own `of_bare` is of products that
+ran in turn with it, and the better measure of them.
 """
 
 from dataclasses import dataclass, field

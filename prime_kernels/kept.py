@@ -19,7 +19,7 @@ from .calls import HeadCall, strategy_for, working_on
 from .onepass import Epilogue, give_away
 from .operators import Derivative, Saved, is_shape_only
 from .plan import exponentials_fit, one_pass_strategy
-from .tiles import Head, LogitTiles, RowGrads, Rows, Tiles, empty_rows
+from .tiles import Head, LogitTiles, RowGrads, Rows, Tiles, alive, empty_rows
 from .workspace import one_pass_workspace
 
 
@@ -46,7 +46,7 @@ def loss_and_exponentials(tiles: Tiles, rows: Rows, head: Head, epilogue: Epilog
     assert isinstance(tiles, LogitTiles)
     every = rows[0 : len(rows.codes)]
     e = tiles.products(every, head, len(head.weight))
-    stats = tiles.finish(tiles.fold(e, every, head, e), every.codes)
+    stats = tiles.results(e, every, head)
     grads = RowGrads.of(every.codes, stats, *epilogue(slice(0, len(every.codes)), stats))
     e, factor = tiles.gradient(e, every, head, grads)
     assert factor is not None
@@ -69,10 +69,8 @@ def gradients_of_exponentials(
     dead, v, D = factor == 0, factor * upstream, hidden.shape[-1]
     with working_on(hidden):
         if need_dw:
-            rows = Rows(hidden=gemm.operand(hidden.reshape(-1, D)), codes=dead, temperature=None).without(
-                dead, factor=v
-            )
-            found["weight"] = gemm.mm(e.t(), rows.hidden, out=torch.empty_like(weight))
+            rows = alive(gemm.operand(hidden.reshape(-1, D)), dead, factor=v)
+            found["weight"] = gemm.mm(e.t(), rows, out=torch.empty_like(weight))
         if need_dbias:
             found["bias"] = gemm.column_sums(e, factor.dtype, v).to(hidden.dtype)
         if need_dh:

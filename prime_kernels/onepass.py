@@ -9,9 +9,10 @@ For each chunk of tokens, over the whole vocabulary:
     dX = dZ W                   2NDV   fp32, one product over V
     dW += dZᵀ X                 2NDV   fp32
 
-where an epilogue is any loss that is a sum over tokens (or over sequences, on chunks aligned to them). Where keeping
-the logits does not pay, or a strategy has none in memory, statistics of all tokens come first and the logits are
-computed again for the gradients (8NDV); see `plan.plan_one_pass`.
+In bf16 strategy "fused" keeps e^{x − k} in 16 bits in place of x, and dZ is that times a factor of each row, see
+`kernels.exponentials`. An epilogue is any loss that is a sum over tokens (or over sequences, on chunks aligned to
+them). Where keeping does not pay, statistics of all tokens come first and the logits are computed again for the
+gradients (8NDV); see `plan.plan_one_pass`.
 
 The gradients are complete when the forward ends, and stay in fp32 until the loss's upstream gradient is known: backward
 multiplies by it and rounds once, to the dtype of what they belong to. That gives the stored gradients away, so it can
@@ -37,7 +38,7 @@ from .devices import flop_per_byte
 from .operators import Derivative, Saved, is_shape_only
 from .plan import TRITON_DTYPES, OnePass, blocks, plan_one_pass, plan_tiling
 from .sweep import sweep_backward, sweep_forward
-from .tiles import Head, LogitTiles, RowGrads, Rows, RowStats, Tiles, empty_state
+from .tiles import Head, LogitTiles, RowGrads, Rows, RowStats, Tiles
 
 # Given which tokens and their results, returns ∂loss/∂logp [n] and ∂loss/∂entropy [n] or None. Called with slices
 # that cover every token once.
@@ -162,8 +163,7 @@ def one_pass(
             x = None  # the next ones come in their place
             block = rows[at]
             x = tiles.products(block, head, plan.cols)
-            partials = tiles.fold(x, block, head, empty_state(len(block.codes), rows.hidden))
-            stats[at.start - start : at.stop - start] = tiles.finish(partials, block.codes)
+            stats[at.start - start : at.stop - start] = tiles.results(x, block, head)
         here = slice(start, stop)
         grads = RowGrads.of(rows.codes[here], stats, *epilogue(here, stats))
         grads = sums.scaled(grads, None if rows.temperature is None else rows.temperature[here])

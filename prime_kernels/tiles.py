@@ -35,12 +35,17 @@ class Rows:
         The copy lies in `room` where that is given, which may be the states' own memory where they are a copy already.
         A `factor` of each row [n] is applied.
         """
-        room = torch.empty_like(self.hidden) if room is None else room
-        if factor is not None:
-            torch.mul(self.hidden, factor[:, None], out=room)
-        elif room is not self.hidden:
-            room.copy_(self.hidden)
-        return replace(self, hidden=room.masked_fill_(dead[:, None], 0))
+        return replace(self, hidden=alive(self.hidden, dead, room, factor))
+
+
+def alive(hidden: Tensor, dead: Tensor, room: Tensor | None = None, factor: Tensor | None = None) -> Tensor:
+    """`Rows.without` for hidden states [n, D] alone."""
+    room = torch.empty_like(hidden) if room is None else room
+    if factor is not None:
+        torch.mul(hidden, factor[:, None], out=room)
+    elif room is not hidden:
+        room.copy_(hidden)
+    return room.masked_fill_(dead[:, None], 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,6 +165,10 @@ class LogitTiles(Tiles):
     def gradient(self, x: Tensor, rows: Rows, head: Head, grads: RowGrads) -> tuple[Tensor, Tensor | None]:
         """Gradient of products x [n, s], which it consumes: a tensor, and a factor of each row [n] or None."""
 
+    def results(self, x: Tensor, rows: Rows, head: Head) -> RowStats:
+        """Results of each row from the products x [n, V] of the whole head; leaves x as it is."""
+        return self.finish(self.fold(x, rows, head, empty_state(len(rows.codes), rows.hidden)), rows.codes)
+
     def row_stats(self, rows: Rows, head: Head, col_step: int) -> Tensor:
         state = empty_state(len(rows.codes), rows.hidden)
         for start, stop in blocks(len(head.weight), col_step):
@@ -175,10 +184,14 @@ class LogitTiles(Tiles):
         return dz
 
 
+def row_stride(s: int) -> int:
+    """Elements from one row of s numbers to the next where rows start at multiples of `PADDED` elements."""
+    return -(-s // constants.PADDED) * constants.PADDED
+
+
 def empty_rows(n: int, s: int, like: Tensor) -> Tensor:
-    """Memory for [n, s] numbers whose rows start at multiples of `PADDED` elements."""
-    stride = -(-s // constants.PADDED) * constants.PADDED
-    return like.new_empty((n, stride))[:, :s]
+    """Memory for [n, s] numbers in such rows."""
+    return like.new_empty((n, row_stride(s)))[:, :s]
 
 
 def empty_state(n: int, like: Tensor) -> Tensor:

@@ -58,8 +58,9 @@ def linear_token_loss(
         TokenLoss(loss, logp [...], entropy [...] | None): a scalar to call backward on; the others are detached.
 
     Cost: 6NDV FLOP (4NDV with a frozen weight), scratch memory within `set_workspace` (1.25 GiB by default), and until
-    backward the gradients in fp32, 4(N + V)D bytes. Where the workspace holds too few tokens' logits for that to pay,
-    8NDV. In a compiled model it runs between graphs.
+    backward the gradients in fp32, 4(N + V)D bytes; in bf16 strategy "fused" keeps 2.1·NV bytes of exponentials instead
+    where they take no more than that and the workspace, and leaves 4NDV FLOP to backward. Where the workspace holds too
+    few tokens' logits for one pass to pay, 8NDV. In a compiled model it runs between graphs.
 
     Raises:
         RuntimeError: backward runs twice, or a second derivative is asked for.

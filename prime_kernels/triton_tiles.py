@@ -4,13 +4,12 @@ import torch
 from torch import Tensor
 
 from . import gemm
-from .constants import PADDED
 from .devices import device_arch
 from .kernels import exponentials as kept
 from .kernels import fused
 from .kernels import rows as row_kernels
 from .plan import blocks
-from .tiles import Head, LogitTiles, RowGrads, Rows, RowStats, Tiles, empty_rows
+from .tiles import Head, LogitTiles, RowGrads, Rows, RowStats, Tiles, empty_rows, row_stride
 
 
 class TritonTiles(Tiles):
@@ -32,14 +31,14 @@ class ChunkedTiles(TritonTiles, LogitTiles):
         self.scratch = hidden.new_empty(0, dtype=torch.float32)
 
     def reserve(self, n: int, s: int, like: Tensor) -> None:
-        if len(self.scratch) < n * _stride(s):
+        if len(self.scratch) < n * row_stride(s):
             self.scratch = like.new_empty(0, dtype=torch.float32)  # the old one goes before the new one comes
-            self.scratch = like.new_empty(n * _stride(s), dtype=torch.float32)
+            self.scratch = like.new_empty(n * row_stride(s), dtype=torch.float32)
 
     def empty_tile(self, n: int, s: int, like: Tensor) -> Tensor:
         # Every tile takes the same memory.
         self.reserve(n, s, like)
-        return self.scratch[: n * _stride(s)].view(n, _stride(s))[:, :s]
+        return self.scratch[: n * row_stride(s)].view(n, row_stride(s))[:, :s]
 
     def fold(self, x: Tensor, rows: Rows, head: Head, state: Tensor) -> Tensor:
         row_kernels.row_stats(
@@ -58,15 +57,11 @@ class ChunkedTiles(TritonTiles, LogitTiles):
         return dx, None
 
 
-def _stride(s: int) -> int:
-    """Elements from one row of s logits to the next."""
-    return -(-s // PADDED) * PADDED
-
-
 class FusedTiles(TritonTiles, LogitTiles):
     """Triton GEMMs whose epilogue consumes the logits: nothing of vocabulary size in the forward.
 
-    In one pass over a loss, `products` are the logits' exponentials, kept in 16 bits; see `kernels.exponentials`.
+    In one pass over a loss, `products` are the whole head's exponentials, kept in 16 bits; see `kernels.exponentials`.
+    Their statistics wait here for `fold` and `gradient`.
     """
 
     def __init__(self, hidden: Tensor, entropy: bool) -> None:
