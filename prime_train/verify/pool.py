@@ -1,15 +1,14 @@
 """Scores answers in processes that can be killed.
 
-    trainer ── pipes ── this module run as a program ── pebble's pool ── workers ── (code) a sandbox for each answer
+    trainer ── pipes ── this module run as a program ── workers ── (code) a sandbox for each answer
 
-The pool's workers are children of a process of its own, which is started afresh and imports neither torch nor the
+The workers are children of a process of its own, which is started afresh and imports neither torch nor the
 trainer's main module: no fork of a process with threads and a GPU, workers that start in milliseconds (forked from a
 server that has sympy loaded), and a trainer that dies takes all of them with it. A worker that is not done with a
 sample at its deadline is killed and replaced; the others go on.
 """
 
 import importlib
-import itertools
 import json
 import logging
 import multiprocessing
@@ -20,18 +19,18 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, TimeoutError, wait
 from dataclasses import asdict, dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any, Self, cast
 
 from .answers import FORMS
 from .records import Answer, Status, Verdict
+from .workers import Died, Killed, Stopped, Task, Workers
 
 logger = logging.getLogger(__name__)
 
-_QUEUED_PER_WORKER = 8
 # What code may take beyond its deadline, which it keeps itself, so that the tests that did end count.
 _CODE_GRACE_S = 3.0
 _MAX_RESPONSE = 1_000_000  # characters; a longer one is no answer
@@ -216,9 +215,8 @@ class _Pipes:
 
 
 class _Worker:
-    """One worker process's verifiers; each is made when the first answer needs it."""
+    """One worker process's sandbox, made when the first answer needs it."""
 
-    settings: Settings
     sandbox: Any = None
     refusal: str = ""
 
@@ -235,13 +233,13 @@ def load_custom(name: str) -> Callable[[str, str], float]:
     return cast(Callable[[str, str], float], found)
 
 
-def _initialise(settings: Settings) -> None:
-    _Worker.settings = settings
+def _timed(answer: Answer, settings: Settings) -> tuple[float, Status, str, float]:
+    """(score, status, detail, seconds) of one answer."""
+    start = time.monotonic()
+    return *_score(answer, settings), time.monotonic() - start
 
 
-def score(answer: Answer) -> tuple[float, Status, str]:
-    """(score, status, detail) of one answer; runs in a worker."""
-    settings = _Worker.settings
+def _score(answer: Answer, settings: Settings) -> tuple[float, Status, str]:
     try:
         if settings.custom:
             value = float(load_custom(settings.custom)(answer.prompt, answer.response))
@@ -291,8 +289,6 @@ def main() -> None:
     # Workers are forked from a server that has all they need in memory.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([] if settings.custom else ["prime_train.verify.preload"])
-    from pebble import ProcessPool
-
     try:
         if settings.custom:
             load_custom(settings.custom)
@@ -300,29 +296,17 @@ def main() -> None:
         trainer.send(str(error))
         return
     trainer.send("")
-    with ProcessPool(
-        max_workers=settings.workers, initializer=_initialise, initargs=(settings,), context=context
-    ) as pool:
-        try:
-            while True:
-                _serve(pool, settings, trainer, trainer.recv())
-        except (EOFError, OSError):
-            # The trainer closed the pool, or is gone.
-            pool.stop()
-
-
-def _serve(pool: Any, settings: Settings, trainer: _Pipes, batch: list[tuple[int, Answer]]) -> None:
-    """Sends (index, verdict) for each of the batch as they come, with a bounded number in the pool at a time."""
-    running: dict[Future[Any], tuple[int, Answer]] = {}
-    waiting = iter(batch)
-    while True:
-        for index, answer in itertools.islice(waiting, settings.workers * _QUEUED_PER_WORKER - len(running)):
-            running[pool.schedule(_timed, args=(answer,), timeout=_deadline(answer, settings))] = index, answer
-        if not running:
-            return
-        for future in wait(running, return_when=FIRST_COMPLETED).done:
-            index, answer = running.pop(future)
-            trainer.send((index, _verdict(answer, future, settings)))
+    workers = Workers(settings.workers, partial(_timed, settings=settings), context)
+    try:
+        while True:
+            answers: dict[int, Answer] = dict(trainer.recv())
+            tasks = [Task(index, answer, _deadline(answer, settings)) for index, answer in answers.items()]
+            for index, result in workers.run(tasks, trainer.reader):
+                trainer.send((index, _verdict(answers[index], result, settings)))
+    except (EOFError, OSError, Stopped):
+        pass  # the trainer closed the pool, or is gone
+    finally:
+        workers.stop()
 
 
 def _deadline(answer: Answer, settings: Settings) -> float:
@@ -331,19 +315,13 @@ def _deadline(answer: Answer, settings: Settings) -> float:
     return settings.math_deadline_s if answer.ability == "math" else settings.deadline_s + _CODE_GRACE_S
 
 
-def _timed(answer: Answer) -> tuple[float, Status, str, float]:
-    start = time.monotonic()
-    return *score(answer), time.monotonic() - start
-
-
-def _verdict(answer: Answer, future: "Future[Any]", settings: Settings) -> Verdict:
+def _verdict(answer: Answer, result: Any, settings: Settings) -> Verdict:
     value, seconds = 0.0, 0.0
     status: Status
-    try:
-        value, status, detail, seconds = future.result()
-    except TimeoutError:
-        seconds = _deadline(answer, settings)
-        status, detail = "timeout", "killed at its deadline"
-    except Exception as error:
-        status, detail = "error", f"the worker died: {error}"
+    if isinstance(result, Killed):
+        status, detail, seconds = "timeout", "killed at its deadline", _deadline(answer, settings)
+    elif isinstance(result, Died):
+        status, detail = "error", f"the worker died with exit code {result.exitcode}"
+    else:
+        value, status, detail, seconds = result
     return Verdict(id=answer.id, score=value, status=status, seconds=seconds, detail=detail)

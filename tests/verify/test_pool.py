@@ -134,6 +134,7 @@ def test_custom_verifier_that_hangs_raises_or_dies_costs_only_its_sample():
     assert [v.status for v in verdicts] == ["ok", "timeout", "error", "error", "error", "ok", "ok", "ok"]
     assert [v.score for v in verdicts] == [1.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 1.0]
     assert "no score for this" in verdicts[2].detail
+    assert "exit code 3" in verdicts[3].detail
     assert again[0].score == 1.0
 
 
