@@ -38,11 +38,17 @@ def measure(
     op: str = "logprob",
 ) -> Scratch:  # fmt: skip
     """Scratch of one forward, with entropy, and one backward with all gradients; `op` is "logprob" or "ppo"."""
-    where = torch.device(device)
+    hidden, weight = (torch.randn(n, D, dtype=dtype, device=device).requires_grad_() for n in (N, V))
+    return measure_tensors(hidden, weight, backend=backend, workspace=workspace, op=op)
+
+
+def measure_tensors(
+    hidden: torch.Tensor, weight: torch.Tensor, *, backend: str, workspace: int | None = None, op: str = "logprob"
+) -> Scratch:  # fmt: skip
+    """`measure` for given hidden states [N, D] and weights [V, D] that require gradients."""
+    (N, D), V, where, dtype = hidden.shape, len(weight), hidden.device, hidden.dtype
     set_workspace(workspace)
     try:
-        hidden = torch.randn(N, D, dtype=dtype, device=where).requires_grad_()
-        weight = torch.randn(V, D, dtype=dtype, device=where).requires_grad_()
         bias = torch.randn(V, dtype=dtype, device=where).requires_grad_()
         targets = torch.randint(V, (N,), device=where)
         rows = [torch.randn(N, device=where) for _ in range(3)]
@@ -67,6 +73,6 @@ def measure(
     bound = workspace
     if bound is None:
         bound = DEFAULT_ONE_PASS_WORKSPACE if op == "ppo" else DEFAULT_LOGPROB_WORKSPACE
-    if op == "ppo" and dtype != torch.float32:
+    if op == "ppo" and dtype.itemsize == 2:
         bound += 4 * V * D
     return Scratch(op, backend, str(dtype)[6:], N, D, V, bound, forward_scratch, backward_scratch)

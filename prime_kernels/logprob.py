@@ -157,7 +157,7 @@ def _keeps_gradient(hidden: Tensor, *, entropy: bool) -> bool:
     """Whether a frozen head's forward does."""
     return keeps_logp_gradient(
         hidden.numel() // max(hidden.shape[-1], 1), hidden.shape[-1], frozen=True, entropy=entropy,
-        workspace=logprob_workspace(),
+        workspace=logprob_workspace(), itemsize=gemm.stats_dtype(hidden.dtype).itemsize,
     )  # fmt: skip
 
 
@@ -165,7 +165,7 @@ def _tiling(tiles: Tiles, hidden: Tensor, weight: Tensor) -> Tiling:
     return plan_tiling(
         max(hidden.shape[0], 1), hidden.shape[1], weight.shape[0],
         workspace=logprob_workspace(), bytes_per_logit=tiles.bytes_per_logit, half=hidden.dtype in HALF_DTYPES,
-        copies=gemm.needs_copies(hidden, weight),
+        copies=gemm.needs_copies(hidden, weight), itemsize=gemm.stats_dtype(hidden.dtype).itemsize,
     )  # fmt: skip
 
 

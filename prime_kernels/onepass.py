@@ -103,19 +103,21 @@ def loss_and_gradients(
     that call one for all tokens.
     """
     (N, D), V = rows.hidden.shape, len(head.weight)
-    copies = gemm.needs_copies(rows.hidden, head.weight)
+    copies, itemsize = gemm.needs_copies(rows.hidden, head.weight), gemm.stats_dtype(rows.hidden.dtype).itemsize
     plan = OnePass(rows=0, cols=V, passes=2)
     if wanted and isinstance(tiles, LogitTiles):
         plan = plan_one_pass(
             max(N, 1), D, V, workspace=workspace, bytes_per_logit=tiles.bytes_per_logit, copies=copies,
             need_dw=wanted.weight, need_dh=wanted.hidden, flop_per_byte=flop_per_byte(rows.hidden.device),
+            itemsize=itemsize,
         )  # fmt: skip
     if plan.passes == 1 and isinstance(tiles, LogitTiles) and not (together and plan.rows < N):
         chunks = blocks(N, plan.rows) if sequences is None else aligned_chunks(sequences, plan.rows)
         return one_pass(tiles, rows, head, epilogue, wanted, chunks, plan)
 
     tiling = plan_tiling(
-        max(N, 1), D, V, workspace=workspace, bytes_per_logit=tiles.bytes_per_logit, half=False, copies=copies
+        max(N, 1), D, V, workspace=workspace, bytes_per_logit=tiles.bytes_per_logit, half=False, copies=copies,
+        itemsize=itemsize,
     )  # fmt: skip
     stats = sweep_forward(tiles, rows, head, tiling)
     dlogp, dentropy = epilogue(slice(0, N), stats)

@@ -95,17 +95,19 @@ class Tiling:
     resident: int  # leading tokens whose fp32 dX is held for a whole sweep over the vocabulary
 
 
-def plan_tiling(N: int, D: int, V: int, *, workspace: int, bytes_per_logit: float, half: bool, copies: bool) -> Tiling:
+def plan_tiling(
+    N: int, D: int, V: int, *, workspace: int, bytes_per_logit: float, half: bool, copies: bool, itemsize: int = 4
+) -> Tiling:
     """Tiles for a call on [N, D] hidden states and [V, D] weights that keep scratch memory within `workspace` bytes.
 
     The same grid serves forward and backward, so that both see the same logits. Counted are, at the worst moment,
 
         rows·cols·bytes_per_logit                          the tile's logits and what is derived from them
-      + max(resident, rows)·D·4    if half                 fp32 accumulator of dX
-      + cols·D·4                   if half and (rows < N or copies)   fp32 accumulator of a slice of dW
-      + (rows + cols)·D·4          if copies               copies of the tile's operands
-      + rows·D·4                   if not half             hidden states without those that do not count
-      + rows·112 + cols·8 + N·24                           row statistics, bias gradient, per-token inputs
+      + max(resident, rows)·D·b    if half                 accumulator of dX
+      + cols·D·b                   if half and (rows < N or copies)   accumulator of a slice of dW
+      + (rows + cols)·D·b          if copies               copies of the tile's operands
+      + rows·D·b                   if not half             hidden states without those that do not count
+      + (rows·28 + cols·2 + N·6)·b                         row statistics, bias gradient, per-token inputs
 
     With `half` (gradients of bf16 or fp16) the output cannot serve as its own accumulator. At most half the workspace
     holds resident dX; each token beyond pays one more recomputation of its logits, 2·D·V FLOP. Only `cols` depends
@@ -115,6 +117,7 @@ def plan_tiling(N: int, D: int, V: int, *, workspace: int, bytes_per_logit: floa
         bytes_per_logit: scratch bytes that the strategy takes for each logit of a tile.
         half: gradients are of a 16-bit dtype.
         copies: a tile's operands are copied first: 16-bit ones to fp32 on a CPU, or for their strides.
+        itemsize: b, bytes of a number that is not of 16 bits: 4, or 8 for fp64.
 
     Raises:
         ValueError: not even the smallest tile fits.
@@ -124,13 +127,13 @@ def plan_tiling(N: int, D: int, V: int, *, workspace: int, bytes_per_logit: floa
         rows = _even_share(N, limit, multiple=128)
         resident = N
         if half:
-            fits = workspace // 2 // (4 * max(D, 1))
+            fits = workspace // 2 // (itemsize * max(D, 1))
             resident = N if fits >= N else fits // rows * rows
-        fixed = rows * 112 + N * 24
-        fixed += 4 * D * (max(resident, rows) if half else rows)
-        fixed += 4 * D * rows if copies else 0
-        per_col = rows * bytes_per_logit + 8
-        per_col += 4 * D * (int(half and (rows < N or copies)) + int(copies))
+        fixed = itemsize * (28 * rows + 6 * N)
+        fixed += itemsize * D * (max(resident, rows) if half else rows)
+        fixed += itemsize * D * rows if copies else 0
+        per_col = rows * bytes_per_logit + 2 * itemsize
+        per_col += itemsize * D * (int(half and (rows < N or copies)) + int(copies))
         cols = int((workspace - fixed) // per_col)
         if cols >= GOOD_TILE_COLS or rows <= MIN_TILE_ROWS:
             break
@@ -252,28 +255,28 @@ class OnePass:
 
 def plan_one_pass(
     N: int, D: int, V: int, *, workspace: int, bytes_per_logit: float, copies: bool, need_dw: bool, flop_per_byte: int,
-    need_dh: bool = True,
+    need_dh: bool = True, itemsize: int = 4,
 ) -> OnePass:  # fmt: skip
     """Chunks of tokens × the whole vocabulary within `workspace`, and whether keeping their logits pays.
 
-    Held at the worst moment are rows·V·bytes_per_logit for logits, rows·112 + N·48 for results, with `copies` (16-bit
-    inputs on a CPU, or odd strides) fp32 copies (2·rows + cols)·D·4, and without a gradient of the hidden states, whose
-    memory otherwise serves, rows·D·4 for those that count. Gradients, 4·(N + V)·D bytes in fp32 until backward, are no
-    scratch.
+    Held at the worst moment are rows·V·bytes_per_logit for logits, (rows·28 + N·12)·b for results, with `copies`
+    (16-bit inputs on a CPU, or odd strides) copies of (2·rows + cols)·D·b, and without a gradient of the hidden states,
+    whose memory otherwise serves, rows·D·b for those that count; b is `itemsize`, 4 bytes or 8 for fp64. Gradients,
+    (N + V)·D·b bytes until backward, are no scratch.
 
     Estimated cost, in bytes moved: one pass computes 6·N·D·V FLOP and adds each chunk to the gradient of the weight,
-    8·V·D bytes a chunk; two passes compute 8·N·D·V FLOP and finish the gradient slice by slice. So chunks are as
+    2·V·D·b bytes a chunk; two passes compute 8·N·D·V FLOP and finish the gradient slice by slice. So chunks are as
     large as the workspace allows, and one pass pays above 4·flop_per_byte tokens a chunk (736 on an H200).
     """
     cols = min(V, GOOD_TILE_COLS) if copies else V
-    free = workspace - N * 48 - (4 * D * cols if copies else 0)
-    spare = 8 * D if copies else 4 * D if need_dw and not need_dh else 0
-    limit = int(free // (V * bytes_per_logit + 32 * bytes_per_logit + 112 + spare))
+    free = workspace - itemsize * (12 * N + (D * cols if copies else 0))
+    spare = 2 * D if copies else D if need_dw and not need_dh else 0
+    limit = int(free // (V * bytes_per_logit + 32 * bytes_per_logit + itemsize * (28 + spare)))
     if limit < 1:
         return OnePass(rows=0, cols=cols, passes=2)
     rows = _even_share(N, limit, multiple=128)
     chunks = ceil(N / rows)
-    one = 6 * N * D * V / flop_per_byte + (8 * V * D * chunks if need_dw and chunks > 1 else 0)
+    one = 6 * N * D * V / flop_per_byte + (2 * V * D * itemsize * chunks if need_dw and chunks > 1 else 0)
     two = 8 * N * D * V / flop_per_byte
     return OnePass(rows=rows, cols=cols, passes=1 if one <= two else 2)
 
@@ -287,10 +290,12 @@ def exponentials_fit(N: int, D: int, V: int, *, itemsize: int, workspace: int) -
     return N > 0 and N * V * (itemsize + 1 / 8) + 6 * N * D <= 4 * V * D + workspace
 
 
-def keeps_logp_gradient(N: int, D: int, *, frozen: bool, entropy: bool, workspace: int) -> bool:
-    """Whether the forward of a per-token op computes ∂logp/∂hidden and keeps it, [N, D] in fp32, for the backward.
+def keeps_logp_gradient(
+    N: int, D: int, *, frozen: bool, entropy: bool, workspace: int, itemsize: int = 4
+) -> bool:  # fmt: skip
+    """Whether the forward of a per-token op computes ∂logp/∂hidden and keeps it, [N, D] in fp32 (fp64), for backward.
 
     With weight and bias frozen that is 4·N·D·V FLOP in all instead of 6: backward is a row scale. It pays where that
     memory is no larger than the workspace; not for the entropy, which would need a second product.
     """
-    return frozen and not entropy and 0 < 4 * N * D <= workspace
+    return frozen and not entropy and 0 < itemsize * N * D <= workspace

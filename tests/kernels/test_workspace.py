@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from benchmarks.scratch import measure
+from benchmarks.scratch import measure, measure_tensors
 from prime_kernels.workspace import MIB
-from tests.support.oracle import BF16, F32
+from tests.support.oracle import BF16, F32, F64
 
 SHAPES = [
     pytest.param(64, 16, 20000, id="few-tokens-many-columns"),
@@ -28,6 +28,16 @@ def test_scratch_memory_stays_within_the_workspace(N, D, V, dtype):
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_one_pass_losses_stay_within_the_workspace_beside_the_weights_gradient(N, D, V, dtype):
     scratch = measure(N, D, V, dtype=dtype, device="cpu", backend="torch", workspace=16 * MIB, op="ppo")
+    assert scratch.bounded, scratch
+
+
+@pytest.mark.parametrize("op", ["logprob", "ppo"])
+@pytest.mark.parametrize(("N", "D", "V", "step"), [(13, 3331, 1629, 2), (125, 19175, 451, 1)])
+def test_numbers_of_fp64_are_counted_as_such(N, D, V, step, op):
+    """Few tokens that are wide: their copies, not their logits, fill the workspace."""
+    hidden, weight = (torch.randn(n, step * D, dtype=F64).requires_grad_() for n in (N, V))
+    strided = hidden[:, ::step], weight[:, ::step]
+    scratch = measure_tensors(*strided, backend="torch", workspace=4 * MIB, op=op)
     assert scratch.bounded, scratch
 
 
