@@ -186,6 +186,9 @@ def one_pass(
 # Where the largest derivative of a row of fp16 lies, a power of two, when the factor is chosen; and between which it
 # may wander before another one is. fp16 reaches from 2⁻²⁴ to 2¹⁶, a row's dZ is at most its derivative.
 CHOSEN, LEAST, MOST = 11, 8, 14
+# Between which the factor's exponent may lie; and how much larger it may be than for the chunk with the largest
+# derivatives, so that what that chunk gave stays in fp32's range. Smaller ones would be nothing beside it in fp16.
+EXPONENTS, SPREAD = (-120, 100), 60
 
 
 class GradientSums:
@@ -199,6 +202,7 @@ class GradientSums:
         self.scales = gemm.operand(rows.hidden[:0]).dtype is torch.float16
         if self.scales:
             self.exponent = torch.zeros((), dtype=torch.int32, device=rows.hidden.device)
+            self.limit = torch.full_like(self.exponent, EXPONENTS[1])
 
     def scaled(self, grads: RowGrads, temperature: Tensor | None) -> RowGrads:
         """A chunk's derivatives in the sums' unit, which changes where these would be too small or too large for it."""
@@ -214,7 +218,9 @@ class GradientSums:
         magnitude = torch.frexp(largest).exponent
         now = self.exponent + magnitude
         keep = (largest == 0) | ((now >= LEAST) & (now <= MOST) & (self.started > 0))
-        exponent = torch.where(keep, self.exponent, (CHOSEN - magnitude).clamp(-100, 100))
+        chosen = torch.minimum((CHOSEN - magnitude).clamp(min=EXPONENTS[0]), self.limit)
+        exponent = torch.where(keep, self.exponent, chosen)
+        self.limit = torch.where(keep, self.limit, torch.minimum(self.limit, exponent + SPREAD))
         if self.started:
             change = _power_of_two(exponent - self.exponent)
             for sums in (self.found.hidden.view(-1)[: self.started * self.rows.hidden.shape[1]],
@@ -268,8 +274,8 @@ class GradientSums:
 
 
 def _power_of_two(exponent: Tensor) -> Tensor:
-    """2^exponent in fp32, exactly."""
-    return ((exponent.clamp(-126, 127) + 127).to(torch.int32) << 23).view(torch.float32)
+    """2^exponent in fp32, exactly; 0 below its normal numbers."""
+    return ((exponent.clamp(-127, 127) + 127).to(torch.int32) << 23).view(torch.float32)
 
 
 def rescale(t: Tensor, factor: Tensor, dtype: torch.dtype | None = None) -> Tensor:

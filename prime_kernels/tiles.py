@@ -254,14 +254,17 @@ class TorchTiles(LogitTiles):
         shift = m - top
         others = s * shift.exp()
         e_target = (target - top).exp()
-        logsum = torch.where(target >= m, others.log1p(), (others + e_target).log())
+        total = others + e_target
+        # Every logit is banned, or too small to tell from the floor.
+        total.masked_fill_(total == 0, torch.nan)
+        logsum = torch.where(target >= m, others.log1p(), total.log())
         logp = (target - top) - logsum
         ignored, invalid = codes == constants.IGNORED, codes == constants.INVALID
         entropy = None
         if self.entropy:
             # A bias of −inf may ban the target, and 0·−inf is not 0.
             of_target = e_target * (target - top).clamp(min=self.exp_floor)
-            entropy = logsum - (shift.exp() * (u + s * shift) + of_target) / (others + e_target)
+            entropy = logsum - (shift.exp() * (u + s * shift) + of_target) / total
             entropy.masked_fill_(invalid, torch.nan).masked_fill_(ignored, 0)
         logsum.masked_fill_(invalid, torch.nan)
         logp = logp.masked_fill_(invalid, torch.nan).masked_fill_(ignored, 0)

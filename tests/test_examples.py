@@ -56,6 +56,7 @@ def test_grpo_example_learns():
     assert rewards[-1] > 0.8
 
 
+@pytest.mark.slow
 def test_implicit_rewards_example_blames_the_wrong_digit():
     said = printed("3_implicit_rewards.py", FORCE_COLOR="1", TERM="xterm-256color")
     [blamed] = numbers(r"wrong digit in #%", said)
@@ -65,6 +66,7 @@ def test_implicit_rewards_example_blames_the_wrong_digit():
     assert said.count("#") >= 9  # answers of six in the table and of three in numbers
 
 
+@pytest.mark.slow
 def test_prime_example_gets_better_at_held_out_problems():
     said = printed("4_prime_from_python.py")
     evaluated = [line.split() for line in re.findall(r"^\d+ .*\d$", said, re.M)]

@@ -121,7 +121,9 @@ def finish_kernel(
     top = tl.maximum(m, target)
     others = s * exp(m - top)
     e_target = exp(target - top)
-    logsum = tl.where(target >= m, log1p(others), tl.log(others + e_target))
+    total = others + e_target
+    # A maximum at the floor with nothing above it: every logit is banned, or too small to tell from the floor.
+    logsum = tl.where(target >= m, log1p(others), tl.where(total > 0, tl.log(total), float("nan")))
     logp = (target - top) - logsum
     code = tl.load(code_ptr + offs, mask=inside, other=0)
     ignored = code == IGNORED
@@ -132,7 +134,7 @@ def finish_kernel(
         # H = logsumexp − Σ p z = logsum − Σ p (z − top): a sum of non-negative terms. A target may be banned: −inf.
         of_target = e_target * tl.maximum(target - top, _EXP_FLOOR)
         moment = exp(m - top) * (u + s * (m - top)) + of_target
-        entropy = logsum - moment / (others + e_target)
+        entropy = logsum - moment / total
         tl.store(entropy_ptr + offs, tl.where(ignored, 0.0, tl.where(invalid, nan, entropy)), mask=inside)
     tl.store(max_ptr + offs, top, mask=inside)
     tl.store(logsum_ptr + offs, tl.where(invalid, nan, logsum), mask=inside)

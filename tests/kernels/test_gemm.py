@@ -1,6 +1,5 @@
 """Products: fp32 sums, one rounding, and none that is not needed."""
 
-from itertools import islice
 from threading import Barrier, Thread
 
 import pytest
@@ -130,22 +129,25 @@ def test_autocast_reaches_the_arguments_and_nothing_inside(device, backend):
     x = make_inputs(33, 32, 130, F32, device, bias=True)
     rows = [x.dlogp - 5, x.dlogp, x.dentropy]
 
-    def losses(hidden, weight, bias):
-        head = {"bias": bias, "backend": backend}
-        yield linear_logprob(hidden, weight, x.targets, entropy=True, **head).logp.sum()
-        yield linear_logprob(hidden, weight.detach(), x.targets, backend=backend).logp.sum()
-        yield linear_ppo_loss(hidden, weight, x.targets, *rows, entropy_coef=0.01, **head).loss
-        yield linear_token_loss(hidden, weight, x.targets, lambda logp, _, a: -a * logp, rows[1:2], **head).loss
-        yield linear_prm_loss(
-            hidden, weight, x.targets, rows[0], torch.tensor([0, 33]), rows[1][:1].sigmoid(), **head
-        ).loss
+    def neg(logp, _, a):
+        return -a * logp
 
-    for op in range(5):
+    head = {"backend": backend}
+    losses = [
+        lambda h, w, b: linear_logprob(h, w, x.targets, entropy=True, bias=b, **head).logp.sum(),
+        lambda h, w, b: linear_logprob(h, w.detach(), x.targets, **head).logp.sum(),
+        lambda h, w, b: linear_ppo_loss(h, w, x.targets, *rows, entropy_coef=0.01, bias=b, **head).loss,
+        lambda h, w, b: linear_token_loss(h, w, x.targets, neg, rows[1:2], bias=b, **head).loss,
+        lambda h, w, b: linear_prm_loss(
+            h, w, x.targets, rows[0], torch.tensor([0, 33]), rows[1][:1].sigmoid(), bias=b, **head
+        ).loss,
+    ]
+    for op, of in enumerate(losses):
         found = []
         for cast in (False, True):
             leaves = [t.detach().to(F32 if cast else BF16).requires_grad_() for t in (x.hidden, x.weight, x.bias)]
             with torch.autocast(device, dtype=BF16, enabled=cast):
-                loss = next(islice(losses(*leaves), op, None))
+                loss = of(*leaves)
                 loss.backward()  # autograd runs under autocast, too
             found.append([loss, *(t.grad.to(BF16) for t in leaves if t.grad is not None)])
         assert all(torch.equal(a, b) for a, b in zip(*found, strict=True)), op

@@ -1,5 +1,7 @@
 """linear_logprob: exactness on every backend. Shapes say why they are there."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -253,6 +255,15 @@ def test_nan_and_inf_never_become_plausible_numbers(device, backend):
         assert out.logp[2].isnan()
         assert out.entropy[2].isnan()
         assert out.logp[[0, 1, 3, 4, 5]].isfinite().all()
+
+
+@pytest.mark.parametrize(("device", "backend"), RUNS)
+@pytest.mark.parametrize("bias", [-3e38, -torch.inf])
+def test_logits_that_are_all_too_small_to_tell_apart_are_no_number(device, backend, bias):
+    x = make_inputs(6, 32, 130, BF16, device, bias=True)
+    assert x.bias is not None
+    found = run(linear_logprob, replace(x, bias=torch.full_like(x.bias, bias)), backend=backend)
+    assert all(t.isnan().all() for t in found.values())
 
 
 @pytest.mark.parametrize("wanted", ["logp", "entropy"])

@@ -98,6 +98,21 @@ def test_the_power_of_two_follows_chunks_of_very_different_sizes(products_in_fp1
     assert errors([found[0][:24]], [exact[0][:24]])[0] <= 2e-2  # in subnormal numbers of fp16, as plain torch's
 
 
+@pytest.mark.parametrize(
+    "shares",
+    [(1e10, 1e-30, 1e10), (1e-30, 1e10, 1e-30), (1e10, 1e-10, 1e-30), (1e-35, 1e-5, 1e15), (1e15, 0.0, 1e-38)],
+)
+def test_derivatives_further_apart_than_fp16_reaches_are_right_or_0(products_in_fp16, monkeypatch, shares):
+    x = make_inputs(72, 32, 2000, F16, "cpu", scale=3.0)
+    monkeypatch.setattr(engine, "plan_one_pass", lambda *_, **__: engine.OnePass(rows=24, cols=2000, passes=1))
+    each, upstream = torch.cat([torch.full((24,), s) for s in shares]), 1 / max(shares)
+    exact = gradients(plain, x.to(F64), each, upstream)
+    found = gradients(linear_token_loss, x, each, upstream)
+    assert errors(found[1:], exact[1:])[0] <= 2 * torch.finfo(F16).eps
+    for ours, right in zip(found[0].split(24), exact[0].split(24), strict=True):
+        assert ((ours - right).abs() <= 2 * torch.finfo(F16).eps * right.abs().max() + 2.0**-24).all()
+
+
 def test_an_infinite_derivative_in_fp16_is_no_plausible_gradient(products_in_fp16):
     x = make_inputs(8, 16, 50, F16, "cpu")
     shares = torch.ones(8)
