@@ -1,6 +1,8 @@
 """A linear head that computes log-probs and losses inside its own forward."""
 
+import copy
 from collections.abc import Callable, Sequence
+from functools import wraps
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,6 +13,29 @@ from .ppo import linear_ppo_loss
 from .prm import linear_prm_loss
 from .token_loss import LossFn, linear_token_loss
 from .types import PPOLoss, PRMLoss, TokenLoss
+
+
+class _Bound:
+    """Arguments that pass a module's hooks unseen: FSDP2 casts every floating-point tensor that it finds.
+
+    No dataclass, for it looks into those.
+    """
+
+    def __init__(self, args: tuple, options: dict[str, Any]) -> None:
+        self.args, self.options = args, options
+
+
+def _unbound(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A head's `forward` that is given what was bound; what a hook has added stands beside it."""
+
+    @wraps(forward)
+    def unbinding(self: nn.Module, *args: Any, **options: Any) -> Any:
+        if args and isinstance(args[-1], _Bound):
+            *args, bound = args  # type: ignore[assignment]
+            args, options = (*args, *bound.args), {**bound.options, **options}
+        return forward(self, *args, **options)
+
+    return unbinding
 
 
 class LogProbHead(nn.Linear):
@@ -24,16 +49,25 @@ class LogProbHead(nn.Linear):
 
     Every one of these runs in the module's forward, so that its hooks see it: FSDP2 (`fully_shard(head)`) gathers the
     weight for it and reduces its gradient, activation checkpointing recomputes it. Of the arguments, hooks see hidden
-    states and targets alone, so that FSDP2's mixed precision casts no log-prob, advantage or temperature. Parameters
-    and state_dict are those of `nn.Linear`; a tied embedding is tied as ever, `head.weight = embedding.weight`.
+    states and targets alone, so that FSDP2's mixed precision casts no log-prob, advantage or temperature; a module
+    around the head that is given them has its own arguments cast, unless `cast_forward_inputs=False`. Parameters and
+    state_dict are those of `nn.Linear`; a tied embedding is tied as ever, `head.weight = embedding.weight`.
 
     A plain `nn.Linear` that is put in a head's place (`model.lm_head = …`, as `resize_token_embeddings` of transformers
-    does) becomes a head on that layer's parameters. Delete the attribute first to be rid of the head.
+    does) becomes that head, its class, hooks and attributes, on the new layer's parameters. Delete the attribute first
+    to be rid of the head.
+
+    A subclass may have a `forward` of its own, `(self, hidden, targets=None, ...)` with any of the options by name.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, **options: Any) -> None:
         super().__init__(in_features, out_features, bias, **options)
         _keep_heads()
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "forward" in vars(cls):
+            cls.forward = _unbound(cls.forward)  # type: ignore[method-assign]
 
     @classmethod
     def from_linear(cls, linear: nn.Linear) -> "LogProbHead":
@@ -41,32 +75,33 @@ class LogProbHead(nn.Linear):
 
         Raises:
             TypeError: the layer computes something else than `nn.Linear` does, such as one with LoRA adapters or
-                quantised weights, which the head would leave out.
+                quantised weights, or it has hooks, all of which the head would leave out.
         """
         if not _computes_linear(linear):
             raise TypeError(
                 f"from_linear takes a layer that computes what nn.Linear does, got {type(linear).__module__}."
                 f"{type(linear).__name__}: merge its adapters or dequantise it first"
             )
-        head = cls(linear.in_features, linear.out_features, bias=False, device="meta", dtype=linear.weight.dtype)
-        head.weight = linear.weight
-        head.bias = linear.bias
-        head.train(linear.training)
-        return head
+        if _has_hooks(linear):
+            raise TypeError(
+                "from_linear takes a layer without hooks, which the head would leave out: remove them first and "
+                "register them on the head"
+            )
+        return _on_parameters(cls(1, 1, bias=False, device="meta", dtype=linear.weight.dtype), linear)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         _keep_heads()
 
-    def __call__(self, hidden: Tensor, targets: Tensor | None = None, *args: Any, **options: Any) -> Any:
+    def __call__(self, hidden: Any = None, targets: Tensor | None = None, *args: Any, **options: Any) -> Any:
+        if hidden is None:
+            hidden = options.pop("input", None)  # as nn.Linear has it
         if targets is None and not args and not options:
             return super().__call__(hidden)
         return super().__call__(hidden, targets, _Bound(args, options))
 
-    def forward(self, hidden: Tensor, targets: Tensor | None = None, *args: Any, **options: Any) -> Any:  # type: ignore[override]
-        if len(args) == 1 and isinstance(args[0], _Bound):
-            # What a hook or a subclass has added stands beside them.
-            args, options = args[0].args, {**args[0].options, **options}
+    @_unbound
+    def forward(self, hidden: Tensor, targets: Tensor | None = None, *args: Any, **options: Any) -> Any:
         op: Callable[..., Any] = options.pop("op", linear_logprob)
         if targets is None:
             if args or options:
@@ -94,16 +129,6 @@ class LogProbHead(nn.Linear):
         return self(hidden, targets, ref_logp, cu_seqlens, outcomes, op=linear_prm_loss, **options)
 
 
-class _Bound:
-    """Arguments that pass a module's hooks unseen: FSDP2 casts every floating-point tensor that it finds.
-
-    No dataclass, for it looks into those.
-    """
-
-    def __init__(self, args: tuple, options: dict[str, Any]) -> None:
-        self.args, self.options = args, options
-
-
 _hook: Any = None
 
 
@@ -115,14 +140,33 @@ def _keep_heads() -> None:
 
 
 def _computes_linear(layer: nn.Module) -> bool:
-    """Whether a layer does what `nn.Linear` does with a weight of its own, and nothing besides."""
-    forward = getattr(type(layer), "forward", None)
-    own = isinstance(layer, nn.Linear) and forward in (nn.Linear.forward, LogProbHead.forward)
+    """Whether a layer does what `nn.Linear` does with a weight of its own, but for its hooks."""
+    methods = [(getattr(type(layer), name, None), name) for name in ("forward", "__call__")]
+    own = isinstance(layer, nn.Linear) and all(
+        method in (getattr(nn.Linear, name), getattr(LogProbHead, name)) for method, name in methods
+    )
     return own and "forward" not in vars(layer) and "weight" in layer._parameters
 
 
+def _has_hooks(layer: nn.Module) -> bool:
+    return any(getattr(layer, f"_{kind}_hooks") for kind in ("forward", "forward_pre", "backward", "backward_pre"))
+
+
+def _on_parameters(head: "LogProbHead", linear: nn.Linear) -> "LogProbHead":
+    """The head with the parameters of a layer in place of its own."""
+    head._parameters = {**head._parameters, **linear._parameters}
+    head.out_features, head.in_features = linear.weight.shape
+    head.train(linear.training)
+    return head
+
+
 def _replacement(parent: nn.Module, name: str, module: nn.Module | None) -> nn.Module | None:
-    replaces = isinstance(parent._modules.get(name), LogProbHead)
-    if replaces and isinstance(module, nn.Linear) and type(module) is nn.Linear and _computes_linear(module):
-        return LogProbHead.from_linear(module)
-    return None
+    head = parent._modules.get(name)
+    if not isinstance(head, LogProbHead) or type(module) is not nn.Linear:
+        return None
+    if not _computes_linear(module) or _has_hooks(module):
+        return None
+    if any(base.__name__ == "FSDPModule" for base in type(head).__mro__):
+        raise TypeError(f"{name} is a LogProbHead that FSDP2 shards already: replace its layer before fully_shard")
+    # A copy: whoever holds the old head keeps it as it is.
+    return _on_parameters(copy.copy(head), module)

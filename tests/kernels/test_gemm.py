@@ -138,9 +138,9 @@ def test_autocast_reaches_the_arguments_and_nothing_inside(device, backend):
         lambda h, w, b: linear_logprob(h, w.detach(), x.targets, **head).logp.sum(),
         lambda h, w, b: linear_ppo_loss(h, w, x.targets, *rows, entropy_coef=0.01, bias=b, **head).loss,
         lambda h, w, b: linear_token_loss(h, w, x.targets, neg, rows[1:2], bias=b, **head).loss,
-        lambda h, w, b: linear_prm_loss(
-            h, w, x.targets, rows[0], torch.tensor([0, 33]), rows[1][:1].sigmoid(), bias=b, **head
-        ).loss,
+        lambda h, w, b: (
+            linear_prm_loss(h, w, x.targets, rows[0], torch.tensor([0, 33]), rows[1][:1].sigmoid(), bias=b, **head).loss
+        ),
     ]
     for op, of in enumerate(losses):
         found = []

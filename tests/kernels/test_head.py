@@ -115,18 +115,44 @@ def patched_layer():
     return linear
 
 
+class Called(nn.Linear):
+    """As `Scaled`, by the call."""
+
+    def __call__(self, input):
+        return 2 * super().__call__(input)
+
+
 @pytest.mark.parametrize(
-    "layer", [lora_layer, patched_layer, lambda: Scaled(D, V), lambda: nn.Embedding(V, D)],
-    ids=["adapters", "patched", "subclass", "embedding"],
+    "layer", [lora_layer, patched_layer, lambda: Scaled(D, V), lambda: Called(D, V), lambda: nn.Embedding(V, D)],
+    ids=["adapters", "patched", "subclass", "called", "embedding"],
 )  # fmt: skip
 def test_a_layer_that_computes_something_else_is_refused(layer):
     with pytest.raises(TypeError, match=r"from_linear takes a layer that computes what nn.Linear does, got \S+: merge"):
         LogProbHead.from_linear(layer())
 
 
+@pytest.mark.parametrize(
+    "register", ["forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"]
+)
+def test_a_layer_with_hooks_is_refused(register):
+    layer = nn.Linear(D, V)
+    handle = getattr(layer, f"register_{register}")(lambda *_: None)
+    with pytest.raises(TypeError, match="from_linear takes a layer without hooks"):
+        LogProbHead.from_linear(layer)
+    handle.remove()
+    LogProbHead.from_linear(layer)
+
+
 def test_a_head_of_a_head_is_a_head():
     head = LogProbHead(D, V)
     assert LogProbHead.from_linear(head).weight is head.weight
+
+
+def test_a_head_has_the_sizes_of_its_weight():
+    layer = nn.Linear(D, V, bias=False)
+    layer.weight = nn.Parameter(torch.randn(V + 3, D))
+    head = LogProbHead.from_linear(layer)
+    assert (head.in_features, head.out_features) == (D, V + 3)
 
 
 @pytest.mark.parametrize("size", [V + 7, V - 7])
@@ -161,23 +187,70 @@ class Cooler(LogProbHead):
         return super().forward(hidden, targets, *args, **{"temperature": 0.5, **options})
 
 
-def test_an_option_that_a_subclass_or_a_hook_adds_counts():
+class Named(LogProbHead):
+    """One that has the options by name."""
+
+    def forward(self, hidden, targets=None, *, temperature=0.5, **options):
+        return super().forward(hidden, targets, temperature=temperature, **options)
+
+
+class Fixed(LogProbHead):
+    """One that takes nothing besides."""
+
+    def forward(self, hidden, targets, temperature=0.5):
+        return super().forward(hidden, targets, temperature=temperature)
+
+
+def cool(_, args, options):
+    return args, {**options, "temperature": 0.5}
+
+
+@pytest.mark.parametrize("kind", [Cooler, Named, Fixed, LogProbHead])
+def test_an_option_that_a_subclass_or_a_hook_adds_counts(kind):
     x = make_inputs(N, D, V, F32, "cpu")
-    cooler, hooked = Cooler(D, V), LogProbHead(D, V)
-    hooked.load_state_dict(cooler.state_dict())
-    hooked.register_forward_pre_hook(lambda _, args, options: (args, {**options, "temperature": 0.5}), with_kwargs=True)
-    want = linear_logprob(x.hidden, cooler.weight, x.targets, bias=cooler.bias, temperature=0.5).logp
-    assert torch.equal(cooler(x.hidden, x.targets).logp, want)
-    assert torch.equal(hooked(x.hidden, x.targets).logp, want)
+    head = kind(D, V)
+    if kind is LogProbHead:
+        head.register_forward_pre_hook(cool, with_kwargs=True)
+    want = linear_logprob(x.hidden, head.weight, x.targets, bias=head.bias, temperature=0.5).logp
+    assert torch.equal(head(x.hidden, x.targets).logp, want)
+    if kind is not LogProbHead:
+        warm = linear_logprob(x.hidden, head.weight, x.targets, bias=head.bias, temperature=2.0).logp
+        assert torch.equal(head(x.hidden, x.targets, temperature=2.0).logp, warm)
+
+
+def test_logits_come_by_the_name_that_nn_linear_gives_its_input():
+    x, head = make_inputs(N, D, V, F32, "cpu"), LogProbHead(D, V)
+    assert torch.equal(head(input=x.hidden), head(x.hidden))
+
+
+def test_a_replaced_head_keeps_its_class_hooks_and_attributes():
+    x, model = make_inputs(N, D, V, F32, "cpu"), Model()
+    model.head = head = Cooler(D, V)
+    head.note = "kept"
+    calls = []
+    head.register_forward_hook(lambda *_: calls.append(1))
+    model.head = larger = nn.Linear(D, V + 5, bias=False)
+    assert type(model.head) is Cooler
+    assert model.head.note == "kept"
+    assert model.head.weight is larger.weight
+    assert model.head.bias is None
+    want = linear_logprob(x.hidden, larger.weight, x.targets, temperature=0.5).logp
+    assert torch.equal(model.head(x.hidden, x.targets).logp, want)
+    assert calls == [1]
+    assert head.weight.shape == (V, D)
+    assert head.bias is not None
 
 
 def test_layers_that_take_no_heads_place_stay_as_they_are():
     model = Model()
-    replaced, other = nn.Linear(D, D), Scaled(D, V)
+    replaced, other, hooked = nn.Linear(D, D), Scaled(D, V), nn.Linear(D, V)
+    hooked.register_forward_hook(lambda *_: None)
     model.layer = replaced
     assert model.layer is replaced
-    model.head = other
-    assert model.head is other
+    for layer in (other, hooked):
+        model.head = LogProbHead(D, V)
+        model.head = layer
+        assert model.head is layer
     model.head = LogProbHead(D, V)
     del model.head
     model.head = plain = nn.Linear(D, V)
@@ -259,7 +332,14 @@ def in_mixed_precision() -> list[str]:
                 "prm": (head.prm_loss(*flat, mask=rows[2].view(-1)).reward,
                         linear_prm_loss(x.hidden, weight, *flat[1:], mask=rows[2].view(-1), bias=bias).reward),
             }  # fmt: skip
-        return [name for name, (ours, want) in found.items() if not torch.equal(ours, want)]
+        wrong = [name for name, (ours, want) in found.items() if not torch.equal(ours, want)]
+        model = nn.Sequential(head)
+        try:
+            model[0] = nn.Linear(D, V)
+            wrong.append("a sharded head was replaced")
+        except TypeError as error:
+            wrong += [] if "before fully_shard" in str(error) else [str(error)]
+        return wrong
     finally:
         dist.destroy_process_group()
 
