@@ -57,8 +57,7 @@ def check_head_inputs(
             raise ValueError(
                 f"temperature must be a float or have the targets' shape {_shape(targets)}, got {_shape(temperature)}"
             )
-        if temperature.requires_grad:
-            raise ValueError("temperature must not require grad: no gradient is computed for it; pass .detach()")
+        check_gets_no_gradient(temperature=temperature)
     else:
         check_number("temperature", temperature, above=0.0, kind="a float or a tensor")
         if not temperature >= SMALLEST_TEMPERATURE:
@@ -105,6 +104,13 @@ def check_rows(like: Tensor, *, optional: tuple[str, ...] = (), **rows: Tensor |
             raise ValueError(f"{name} must have the tokens' shape {_shape(like)}, got {_shape(t)}")
         if t.is_complex():
             raise TypeError(f"{name} must hold real numbers, got {t.dtype}")
+
+
+def check_gets_no_gradient(**inputs: Tensor | None) -> None:
+    """Inputs that are given no gradient want none."""
+    for name, t in inputs.items():
+        if t is not None and t.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{name} must not require grad: no gradient is computed for it; pass .detach()")
 
 
 def check_logp(name: str, t: object) -> None:

@@ -3,7 +3,8 @@
 import os
 from importlib.util import find_spec
 
-HAS_TRITON = find_spec("triton") is not None
+_triton = find_spec("triton")
+HAS_TRITON = _triton is not None and _triton.origin is not None  # a mere folder of that name is none
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 # Stands for the maximum of no logits. Finite, so that no difference of maxima is −inf − −inf.

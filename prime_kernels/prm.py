@@ -15,6 +15,7 @@ from . import gemm
 from .calls import HeadCall, flat, head_arguments, open_head, strategy_for, trained, working_on
 from .checks import (
     check_choice,
+    check_gets_no_gradient,
     check_host_or,
     check_logp,
     check_no_tangent,
@@ -28,7 +29,7 @@ from .constants import IGNORED
 from .kept import exponentials_like, keeps_exponentials, loss_and_exponentials, of_exponentials
 from .onepass import Epilogue, Gradients, Wanted, loss_and_gradients, of_stored_gradients
 from .operators import Derivative, Results, Saved, register
-from .sequences import Sequences, checked_cu_seqlens, cu_seqlens_of, token_reward
+from .sequences import Sequences, checked_cu_seqlens, cu_seqlens_of, moved, token_reward
 from .tiles import Head, Rows, RowStats, Tiles
 from .types import PRMLoss
 from .workspace import one_pass_workspace
@@ -218,11 +219,15 @@ def _checked_sequences(
     S = cu_seqlens.shape[0] - 1
     check_plain_tensor("outcomes", outcomes, None)
     if outcomes.shape != (S,):
-        raise ValueError(f"outcomes must have shape [{S}], one a sequence, got {list(outcomes.shape)}")
+        raise ValueError(
+            f"outcomes must have shape [{S}], one for each sequence of cu_seqlens, got {list(outcomes.shape)}"
+        )
     if outcomes.is_complex():
         raise TypeError(f"outcomes must hold real numbers, got {outcomes.dtype}")
     check_host_or("outcomes", outcomes, device)
-    found = {"beta": real_number(beta), "outcomes": outcomes.detach().to(device, dtype).contiguous(), "group_ids": None}
+    check_gets_no_gradient(outcomes=outcomes)
+    outcomes = moved("outcomes", outcomes.detach().to(dtype).contiguous(), device)
+    found = {"beta": real_number(beta), "outcomes": outcomes, "group_ids": None}
     if kind == "ce":
         return found
     if group_ids is None:
@@ -231,7 +236,7 @@ def _checked_sequences(
     if group_ids.shape != (S,):
         raise ValueError(f"group_ids must have shape [{S}] where kind is 'dpo', got {list(group_ids.shape)}")
     check_host_or("group_ids", group_ids, device)
-    return found | {"group_ids": group_ids.to(device)}
+    return found | {"group_ids": moved("group_ids", group_ids, device)}
 
 
 def prm_loss(
@@ -249,7 +254,7 @@ def prm_loss(
 
     Args:
         prm_logp, ref_logp, mask: [T] packed, or [S, L] padded with cu_seqlens None; where the mask is 0 nothing else
-            is looked at.
+            is looked at. ref_logp is detached; a mask or outcomes that require a gradient are refused.
         cu_seqlens: [S + 1] int32 or int64 boundaries, on the host or on the device. Kernels use those on the device as
             they are, unread: boundaries that do not cut the tokens then make every result NaN.
         outcomes: [S] in [0, 1].
@@ -266,6 +271,7 @@ def prm_loss(
     use_triton = strategy_for(prm_logp, backend) != "torch"
     cu_seqlens = cu_seqlens_of(prm_logp, cu_seqlens, use_triton)
     check_rows(prm_logp, optional=("mask",), ref_logp=ref_logp, mask=mask)
+    check_gets_no_gradient(mask=mask)
     check_no_tangent("prm_loss", prm_logp=prm_logp, ref_logp=ref_logp, mask=mask)
     dtype = gemm.stats_dtype(prm_logp.dtype)
     loss, reward, logits, _ = _prm_loss(
@@ -303,6 +309,7 @@ def linear_prm_loss(
         hidden, weight, targets, bias=bias, temperature=temperature, softcap=softcap, ignore_index=ignore_index,
         backend=backend,
     )  # fmt: skip
+    check_gets_no_gradient(mask=mask)
     check_no_tangent("linear_prm_loss", hidden=hidden, weight=weight, bias=bias, temperature=temperature, mask=mask)
     if targets.dim() != 1:
         raise ValueError(f"targets must have shape [T], packed, got {list(targets.shape)}")

@@ -7,9 +7,17 @@ from torch import Tensor
 
 from . import gemm
 from .calls import flat, strategy_for, working_on
-from .checks import check_choice, check_logp, check_no_tangent, check_number, check_rows, real_number
+from .checks import (
+    check_choice,
+    check_gets_no_gradient,
+    check_logp,
+    check_no_tangent,
+    check_number,
+    check_rows,
+    real_number,
+)
 from .operators import Derivative, Saved, register
-from .sequences import Sequences, cu_seqlens_of, token_reward
+from .sequences import Sequences, cu_seqlens_of, moved, token_reward
 
 GRANULARITIES = ("token", "whole", "step")
 
@@ -45,10 +53,17 @@ def _reward(call: RewardCall) -> Tensor:
             reward = token_reward(prm_logp, call.ref_logp, mask, call.beta)
             if sequences is not None:
                 lands = _landing(sequences, mask, call.step_ends, prm_logp.shape[0])
-                reward = torch.zeros_like(reward).index_add_(0, lands, reward)
+                reward = _summed(reward, lands)
         if sequences is not None and sequences.poison is not None:
             reward = reward + sequences.poison
     return reward
+
+
+def _summed(reward: Tensor, lands: Tensor) -> Tensor:
+    """Each token's reward [T] added to where it lands, in the same order every time."""
+    total = torch.zeros_like(reward)
+    # On CUDA the one adds in any order, and the other sorts first.
+    return total.index_put_((lands,), reward, accumulate=True) if reward.is_cuda else total.index_add_(0, lands, reward)
 
 
 def _shares(tokens: Tensor, size: int) -> Tensor:
@@ -79,7 +94,7 @@ def _reward_gradients(saved: Saved[RewardCall], upstream: Tensor) -> dict[str, T
     mask, cu_seqlens, step_ends = saved.tensors
     if cu_seqlens is not None:
         T = upstream.shape[0]
-        bounds = cu_seqlens.to(upstream.device).clamp(0, T)  # those on a device were not read
+        bounds = moved("cu_seqlens", cu_seqlens, upstream.device).clamp(0, T)  # those on a device were not read
         upstream = upstream[_landing(Sequences(bounds, None, None), mask, step_ends, T)]
     gradient = saved.options.beta * upstream
     gradient = gradient if mask is None else torch.where(mask == 0, 0, gradient * mask)
@@ -108,7 +123,8 @@ def implicit_reward(
         "step"   each step's sum stands on the step's last token; what follows a sequence's last step is one more step
 
     Args:
-        prm_logp, ref_logp, mask: [T] packed, or [S, L] padded; where the mask is 0 nothing else is looked at.
+        prm_logp, ref_logp, mask: [T] packed, or [S, L] padded; where the mask, which gets no gradient, is 0, nothing
+            else is looked at.
         cu_seqlens: [S + 1] boundaries of packed tokens, on the host or on the device; needed for "whole" and "step"
             unless padded. Kernels use those on the device unread, as in `prm_loss`.
         step_ends: bool, of the log-probs' shape, true at the last token of each step; for "step".
@@ -124,6 +140,7 @@ def implicit_reward(
     check_choice("granularity", granularity, GRANULARITIES)
     check_logp("prm_logp", prm_logp)
     check_rows(prm_logp, optional=("mask", "step_ends"), ref_logp=ref_logp, mask=mask, step_ends=step_ends)
+    check_gets_no_gradient(mask=mask)
     check_no_tangent("implicit_reward", prm_logp=prm_logp, ref_logp=ref_logp, mask=mask)
     if (granularity == "step") != (step_ends is not None):
         raise ValueError(f"step_ends must be given for granularity 'step' and for it alone, got {granularity!r}")

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_host_or, check_plain_tensor, may_read
+from .operators import is_shape_only
 
 
 def checked_cu_seqlens(cu_seqlens: Tensor, tokens: Tensor) -> Tensor:
@@ -43,7 +44,7 @@ class Sequences:
         cu_seqlens = cu_seqlens.contiguous()  # as kernels read it
         if cu_seqlens.device.type == "cpu":
             host = boundaries(cu_seqlens, T)
-            return cls(bounds=_moved(cu_seqlens, tokens.device), host=host, poison=None)
+            return cls(bounds=moved("cu_seqlens", cu_seqlens, tokens.device), host=host, poison=None)
         if (read and not _capturing(tokens.device)) or may_read(cu_seqlens):
             return cls(bounds=cu_seqlens, host=boundaries(cu_seqlens, T), poison=None)
         good = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == T) & (cu_seqlens.diff() > 0).all()
@@ -69,18 +70,29 @@ class Sequences:
         return torch.searchsorted(self.bounds[1:], tokens, right=True).clamp_(max=self.count - 1)
 
     def sums(self, t: Tensor) -> Tensor:
-        """Σ of t [T] over each sequence [S], the same bits every time."""
+        """Σ of t [T] over each sequence [S], the same bits every time.
+
+        Raises:
+            ValueError: the host does not know the boundaries, and may not read them as a CUDA graph is captured.
+        """
+        if self.host is None and _capturing(self.bounds.device):
+            raise ValueError("backend='torch' sums sequences on the host, no CUDA graph can hold it; use 'triton'")
         host = self.bounds.tolist() if self.host is None else self.host
         return torch.stack([part.sum() for part in t.split(lengths(host))])
 
 
-def _moved(cu_seqlens: Tensor, device: torch.device) -> Tensor:
-    if device.type != "cuda":
-        return cu_seqlens.to(device)
+def moved(name: str, t: Tensor, device: torch.device) -> Tensor:
+    """t on the tokens' device; from the host without a wait, and never while a CUDA graph is captured.
+
+    Raises:
+        ValueError: t would have to be copied into a graph, which would go on to read the host's memory.
+    """
+    if t.device == device or device.type != "cuda" or torch.compiler.is_compiling() or is_shape_only(t):
+        return t.to(device)
     if _capturing(device):
-        raise ValueError("cu_seqlens must be on the tokens' device while a CUDA graph is captured, got one on the host")
+        raise ValueError(f"{name} must be on the tokens' device while a CUDA graph is captured, got one on the host")
     # A copy of our own: the user may write to the original before the device has read it.
-    pinned = torch.empty_like(cu_seqlens, pin_memory=True).copy_(cu_seqlens)
+    pinned = torch.empty_like(t, pin_memory=True).copy_(t)
     return pinned.to(device, non_blocking=True)
 
 

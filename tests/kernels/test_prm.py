@@ -247,7 +247,7 @@ BAD = [
     ({"cu_seqlens": torch.tensor([0, 1, 2, 3, 4, 49])}, ValueError, r"must run from 0 to .* 50, got 0 to 49"),
     ({"cu_seqlens": BOUNDS.float()}, TypeError, r"cu_seqlens must be int32 or int64, got torch.float32"),
     ({"cu_seqlens": torch.tensor([0])}, ValueError, r"cu_seqlens must have shape \[S \+ 1\] with S >= 1, got \[1\]"),
-    ({"outcomes": torch.ones(4)}, ValueError, r"outcomes must have shape \[5\], one a sequence, got \[4\]"),
+    ({"outcomes": torch.ones(4)}, ValueError, r"outcomes must have shape \[5\], one for each .* got \[4\]"),
     ({"beta": 0.0}, ValueError, r"beta must be > 0, got 0.0"),
     ({"kind": "bce"}, ValueError, r"kind must be 'ce' or 'dpo', got 'bce'"),
     ({"kind": "dpo"}, ValueError, r"group_ids must have shape \[5\] where kind is 'dpo', got None"),
@@ -273,6 +273,39 @@ def test_bad_input_is_refused_by_name(changes, error, message):
 def test_no_tokens_have_no_rewards(device, backend):
     nothing = torch.zeros(0, device=device)
     assert implicit_reward(nothing, nothing, backend=backend).shape == (0,)
+
+
+@pytest.mark.parametrize("name", ["mask", "outcomes"])
+@pytest.mark.parametrize("op", [linear_prm_loss, prm_loss, implicit_reward])
+def test_an_input_that_wants_a_gradient_it_would_not_get_is_refused(op, name):
+    x = make_inputs(50, 16, 37, F32, "cpu")
+    given = {"mask": torch.rand(50), "outcomes": OUTCOMES.clone()}
+    given[name].requires_grad_()
+    logp = (x.hidden, x.weight, x.targets) if op is linear_prm_loss else (x.dlogp,)
+    if op is implicit_reward:
+        del given["outcomes"]
+    else:
+        given["cu_seqlens"] = BOUNDS
+    if name in given:
+        with pytest.raises(ValueError, match=f"{name} must not require grad: no gradient is computed for it"):
+            op(*logp, ref_logp=x.dlogp, **given)
+        with torch.no_grad():
+            op(*logp, ref_logp=x.dlogp, **given)
+
+
+@pytest.mark.parametrize(("device", "backend"), GIVEN)
+def test_summed_rewards_are_the_same_bits_every_time(device, backend):
+    g, size = torch.Generator().manual_seed(0), 100_000 if device == "cuda" else 500
+    logp, ref = (torch.randn(2 * size, generator=g).to(device) for _ in range(2))
+    bounds = torch.tensor([0, size, 2 * size])
+    found = [
+        implicit_reward(logp, ref, cu_seqlens=bounds, granularity="whole", backend=backend)[bounds[1:] - 1]
+        for _ in range(3)
+    ]
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+    exact = torch.stack([t.sum() for t in (0.05 * (logp.double() - ref.double())).split(size)])
+    torch.testing.assert_close(found[0].double(), exact, rtol=1e-3, atol=1e-3)
 
 
 def test_bad_granularity_is_refused_by_name():

@@ -60,6 +60,22 @@ def test_boundaries_on_the_host_are_refused_in_a_captured_graph(monkeypatch):
         Sequences.of(torch.tensor(BOUNDS), tokens)
 
 
+@pytest.mark.parametrize("name", ["outcomes", "group_ids"])
+def test_what_else_a_captured_graph_would_read_from_the_host_is_refused_by_name(monkeypatch, name):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    given = {"outcomes": torch.ones(4), "group_ids": torch.zeros(4, dtype=torch.int64)}
+    with FakeTensorMode():
+        device = torch.empty(T, device="cuda").device
+    with pytest.raises(ValueError, match=f"{name} must be on the tokens' device while a CUDA graph is captured"):
+        module.moved(name, given[name], device)
+
+
+def test_plain_torch_says_that_no_captured_graph_can_hold_its_sums(monkeypatch):
+    monkeypatch.setattr(module, "_capturing", lambda device: True)
+    with pytest.raises(ValueError, match="backend='torch' sums sequences on the host"):
+        Sequences(torch.tensor(BOUNDS), None, None).sums(torch.ones(T))
+
+
 @pytest.fixture
 def unread(monkeypatch):
     """Boundaries as a captured graph has them: on the tokens' device, and unknown to the host."""

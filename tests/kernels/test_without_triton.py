@@ -10,7 +10,7 @@ from prime_kernels.plan import choose_strategy
 from tests.support.paths import ROOT
 
 USE = """
-import importlib.util, sys
+import importlib.machinery, importlib.util, sys
 
 class Missing:
     def find_spec(self, name, path=None, target=None):
@@ -19,7 +19,8 @@ class Missing:
 
 sys.meta_path.insert(0, Missing())
 find_spec = importlib.util.find_spec
-importlib.util.find_spec = lambda name, *a: None if name == "triton" else find_spec(name, *a)
+found = importlib.machinery.ModuleSpec("triton", None) if sys.argv[1] == "folder" else None
+importlib.util.find_spec = lambda name, *a: found if name == "triton" else find_spec(name, *a)
 
 import torch
 from prime_kernels import (
@@ -52,8 +53,9 @@ print("served")
 """
 
 
-def test_every_op_runs_without_triton():
-    done = subprocess.run([sys.executable, "-c", USE], cwd=ROOT, capture_output=True, text=True)
+@pytest.mark.parametrize("instead", ["nothing", "folder"])
+def test_every_op_runs_without_triton(instead):
+    done = subprocess.run([sys.executable, "-c", USE, instead], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "served\n", done.stderr
 
 
