@@ -9,8 +9,6 @@ more memory than the sums of gradients in fp32 and a chunk would, a call takes t
 when. A graph that is traced never does: its results' shapes must not depend on N.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -23,16 +21,17 @@ from .tiles import Head, LogitTiles, RowGrads, Rows, Tiles, alive, empty_rows
 from .workspace import one_pass_workspace
 
 
-def keeps_exponentials(head: dict[str, Any], *, trains_weight: bool, entropy_gradient: bool) -> bool:
-    """Whether a call with the arguments `head` of `HeadCall` takes this way."""
-    hidden, weight = head["hidden"], head["weight"]
+def keeps_exponentials(
+    hidden: Tensor, weight: Tensor, softcap: float | None, backend: str, *, trains_weight: bool, entropy_gradient: bool
+) -> bool:
+    """Whether a call with these arguments takes this way."""
     if not trains_weight or torch.compiler.is_compiling() or is_shape_only(hidden, weight):
         return False
     if hidden.dim() != 2 and not hidden.is_contiguous():
         return False
     strategy = one_pass_strategy(
-        strategy_for(hidden.view(-1, hidden.shape[-1]), head["backend"], weight),
-        dtype=hidden.dtype, softcap=head["softcap"], entropy_gradient=entropy_gradient,
+        strategy_for(hidden.view(-1, hidden.shape[-1]), backend, weight),
+        dtype=hidden.dtype, softcap=softcap, entropy_gradient=entropy_gradient,
     )  # fmt: skip
     V, D = weight.shape
     itemsize = gemm.operand(hidden[:0]).dtype.itemsize

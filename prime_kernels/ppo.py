@@ -323,7 +323,8 @@ def linear_ppo_loss(
     )  # fmt: skip
     wanted = trained(head)
     keeps = keeps_exponentials(
-        head, trains_weight=wanted["need_dw"], entropy_gradient=options["entropy_coef"] is not None
+        head["hidden"], head["weight"], head["softcap"], backend, trains_weight=wanted["need_dw"],
+        entropy_gradient=options["entropy_coef"] is not None,
     )  # fmt: skip
     op = _linear_ppo_loss_kept if keeps else _linear_ppo_loss
     loss, stats, logp, entropy, *_ = op(**head, **rows, **options, **wanted)

@@ -317,7 +317,10 @@ def linear_prm_loss(
     check_rows(targets, optional=("mask",), ref_logp=ref_logp, mask=mask)
     dtype = gemm.stats_dtype(head["hidden"].dtype)
     wanted = trained(head)
-    keeps = keeps_exponentials(head, trains_weight=wanted["need_dw"], entropy_gradient=False)
+    keeps = keeps_exponentials(
+        head["hidden"], head["weight"], head["softcap"], backend, trains_weight=wanted["need_dw"],
+        entropy_gradient=False,
+    )  # fmt: skip
     op = _linear_prm_loss_kept if keeps else _linear_prm_loss
     loss, reward, logits, *_ = op(
         **head, ref_logp=flat(ref_logp.detach(), dtype), mask=flat(mask, dtype), cu_seqlens=cu_seqlens,

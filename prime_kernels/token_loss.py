@@ -106,10 +106,13 @@ class _TokenLoss(torch.autograd.Function):
         call = replace(
             call, hidden=hidden.detach(), weight=weight.detach(), bias=None if bias is None else bias.detach()
         )  # fmt: skip
-        head = {"hidden": hidden, "weight": weight, "softcap": call.softcap, "backend": call.backend}
-        ctx.keeps = keeps_exponentials(head, trains_weight=wanted.weight, entropy_gradient=entropy)
-        run = _shapes if is_shape_only(hidden, weight) else _numbers
-        loss, logp, row_entropy, found = run(call, loss_fn, inputs, entropy, wanted, ctx.keeps, grad)
+        ctx.keeps = keeps_exponentials(
+            hidden, weight, call.softcap, call.backend, trains_weight=wanted.weight, entropy_gradient=entropy
+        )  # fmt: skip
+        if is_shape_only(hidden, weight):
+            loss, logp, row_entropy, found = _shapes(call, entropy, wanted)
+        else:
+            loss, logp, row_entropy, found = _numbers(call, loss_fn, inputs, entropy, wanted, ctx.keeps, grad)
         ctx.mark_non_differentiable(logp, row_entropy)
         ctx.set_materialize_grads(False)
         ctx.state, ctx.dtype, ctx.anchor = {}, hidden.dtype, anchor((hidden, weight, bias))
@@ -168,9 +171,7 @@ def _numbers(
     return loss, own(logp, shape), own(row_entropy, shape) if entropy else row_entropy, found
 
 
-def _shapes(
-    call: HeadCall, loss_fn: LossFn, inputs: list[Tensor], entropy: bool, wanted: Wanted, keeps: bool, grad: bool
-) -> tuple[Tensor, Tensor, Tensor, Iterable[Tensor]]:
+def _shapes(call: HeadCall, entropy: bool, wanted: Wanted) -> tuple[Tensor, Tensor, Tensor, Iterable[Tensor]]:
     """What `_numbers` returns, of tensors without numbers."""
     found = Gradients.empty(call.hidden, call.weight, wanted)
     new = partial(call.hidden.new_empty, dtype=found.unit.dtype)

@@ -96,17 +96,17 @@ def test_nothing_is_kept_where_it_would_not_pay_or_could_not():
     (hidden, weight, _), *_ = inputs("cpu")
     head = {"hidden": hidden, "weight": weight, "softcap": None, "backend": "fused"}
     usual = {"trains_weight": True, "entropy_gradient": False}
-    assert kept.keeps_exponentials(head, **usual)
-    assert not kept.keeps_exponentials(head, **{**usual, "trains_weight": False})
-    assert not kept.keeps_exponentials(head, **{**usual, "entropy_gradient": True})
+    assert kept.keeps_exponentials(**head, **usual)
+    assert not kept.keeps_exponentials(**{**head, **usual, "trains_weight": False})
+    assert not kept.keeps_exponentials(**{**head, **usual, "entropy_gradient": True})
     meta = {**head, "hidden": hidden.to("meta"), "weight": weight.to("meta")}
     for change in ({"backend": "chunked"}, {"softcap": 30.0}, meta, {"hidden": hidden[:0]}):
-        assert not kept.keeps_exponentials({**head, **change}, **usual)
+        assert not kept.keeps_exponentials(**{**head, **change}, **usual)
     for dtype in (F16, F32):
         other = {"hidden": hidden.to(dtype), "weight": weight.to(dtype), "backend": "triton"}
-        assert not kept.keeps_exponentials({**head, **other}, **usual)
+        assert not kept.keeps_exponentials(**{**head, **other}, **usual)
     set_workspace(MIB // 32)
-    assert not kept.keeps_exponentials(head, **usual)
+    assert not kept.keeps_exponentials(**head, **usual)
 
 
 def test_a_traced_call_keeps_its_gradients_whatever_its_size(taken):
