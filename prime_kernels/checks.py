@@ -93,15 +93,15 @@ def check_head_values(targets: Tensor, codes: Tensor, temperature: Tensor | None
         raise ValueError(f"temperature must be > 0, got {float(temperature[at])} at token {at}")
 
 
-def check_rows(like: Tensor, *, optional: tuple[str, ...] = (), **rows: Tensor | None) -> None:
-    """Per-token inputs are numbers of the shape and device of `like`; the optional ones may be None."""
+def check_rows(whose: str, like: Tensor, *, optional: tuple[str, ...] = (), **rows: Tensor | None) -> None:
+    """Per-token inputs are numbers of the shape and device of `like`, `whose` they are; optional ones may be None."""
     for name, t in rows.items():
         if t is None and name in optional:
             continue
-        check_plain_tensor(name, t, like, "the tokens'")
+        check_plain_tensor(name, t, like, whose)
         assert t is not None
         if t.shape != like.shape:
-            raise ValueError(f"{name} must have the tokens' shape {_shape(like)}, got {_shape(t)}")
+            raise ValueError(f"{name} must have {whose} shape {_shape(like)}, got {_shape(t)}")
         if t.is_complex():
             raise TypeError(f"{name} must hold real numbers, got {t.dtype}")
 
@@ -180,8 +180,9 @@ def check_no_tangent(op: str, **inputs: object) -> None:
 def check_plain_tensor(name: str, t: object, like: Tensor | None, whose: str = "hidden's") -> None:
     if not isinstance(t, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
-    if t.layout is not torch.strided:
-        raise TypeError(f"{name} must be a strided tensor, got one of layout {t.layout}")
+    if t.layout is not torch.strided or t.is_nested:
+        found = "a nested one" if t.is_nested else f"one of layout {t.layout}"
+        raise TypeError(f"{name} must be a strided tensor, got {found}")
     if is_dtensor(t):
         raise TypeError(
             f"{name} must be a plain tensor, got a DTensor {_shape(t)}: under FSDP2 call the op inside the forward "

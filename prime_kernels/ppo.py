@@ -234,9 +234,9 @@ def _checked_options(
     }  # fmt: skip
 
 
-def _flat_rows(like: Tensor, dtype: torch.dtype, kl_coef: float, **rows: Tensor | None) -> dict[str, Any]:
+def _flat_rows(whose: str, like: Tensor, dtype: torch.dtype, kl_coef: float, **rows: Tensor | None) -> dict[str, Any]:
     """Per-token inputs, checked, detached, flat and in the log-probs' dtype; no reference where it has no weight."""
-    check_rows(like, optional=("ref_logp", "importance"), **rows)
+    check_rows(whose, like, optional=("ref_logp", "importance"), **rows)
     if not kl_coef:
         rows["ref_logp"] = None
     return {name: None if t is None else flat(t.detach(), dtype) for name, t in rows.items()}
@@ -268,10 +268,10 @@ def ppo_clip_loss(
         raise ValueError(f"entropy must be given where entropy_coef is not 0, got None with {entropy_coef}")
     dtype = gemm.stats_dtype(logp.dtype)
     rows = _flat_rows(
-        logp, dtype, kl_coef, old_logp=old_logp, advantages=advantages, token_weight=token_weight, ref_logp=ref_logp,
-        importance=importance,
+        "logp's", logp, dtype, kl_coef, old_logp=old_logp, advantages=advantages, token_weight=token_weight,
+        ref_logp=ref_logp, importance=importance,
     )  # fmt: skip
-    check_rows(logp, optional=("entropy",), entropy=entropy)
+    check_rows("logp's", logp, optional=("entropy",), entropy=entropy)
     check_no_tangent("ppo_clip_loss", logp=logp, entropy=entropy)
     loss, stats, *_ = _ppo_clip_loss(
         logp=flat(logp, dtype), entropy=flat(entropy, dtype), **rows, **options,
@@ -318,7 +318,7 @@ def linear_ppo_loss(
     check_no_tangent("linear_ppo_loss", hidden=hidden, weight=weight, bias=bias, temperature=temperature)
     options = _checked_options(clip_low, clip_high, dual_clip, entropy_coef, kl_coef, ref_logp)
     rows = _flat_rows(
-        targets, gemm.stats_dtype(head["hidden"].dtype), kl_coef, old_logp=old_logp, advantages=advantages,
+        "targets'", targets, gemm.stats_dtype(head["hidden"].dtype), kl_coef, old_logp=old_logp, advantages=advantages,
         token_weight=token_weight, ref_logp=ref_logp, importance=importance,
     )  # fmt: skip
     wanted = trained(head)

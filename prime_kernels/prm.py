@@ -270,7 +270,7 @@ def prm_loss(
     check_logp("prm_logp", prm_logp)
     use_triton = strategy_for(prm_logp, backend) != "torch"
     cu_seqlens = cu_seqlens_of(prm_logp, cu_seqlens, use_triton)
-    check_rows(prm_logp, optional=("mask",), ref_logp=ref_logp, mask=mask)
+    check_rows("prm_logp's", prm_logp, optional=("mask",), ref_logp=ref_logp, mask=mask)
     check_gets_no_gradient(mask=mask)
     check_no_tangent("prm_loss", prm_logp=prm_logp, ref_logp=ref_logp, mask=mask)
     dtype = gemm.stats_dtype(prm_logp.dtype)
@@ -309,12 +309,12 @@ def linear_prm_loss(
         hidden, weight, targets, bias=bias, temperature=temperature, softcap=softcap, ignore_index=ignore_index,
         backend=backend,
     )  # fmt: skip
-    check_gets_no_gradient(mask=mask)
     check_no_tangent("linear_prm_loss", hidden=hidden, weight=weight, bias=bias, temperature=temperature, mask=mask)
     if targets.dim() != 1:
         raise ValueError(f"targets must have shape [T], packed, got {list(targets.shape)}")
     checked_cu_seqlens(cu_seqlens, targets)
-    check_rows(targets, optional=("mask",), ref_logp=ref_logp, mask=mask)
+    check_rows("targets'", targets, optional=("mask",), ref_logp=ref_logp, mask=mask)
+    check_gets_no_gradient(mask=mask)
     dtype = gemm.stats_dtype(head["hidden"].dtype)
     wanted = trained(head)
     keeps = keeps_exponentials(

@@ -139,7 +139,9 @@ def implicit_reward(
     check_number("beta", beta, above=0.0)
     check_choice("granularity", granularity, GRANULARITIES)
     check_logp("prm_logp", prm_logp)
-    check_rows(prm_logp, optional=("mask", "step_ends"), ref_logp=ref_logp, mask=mask, step_ends=step_ends)
+    check_rows(
+        "prm_logp's", prm_logp, optional=("mask", "step_ends"), ref_logp=ref_logp, mask=mask, step_ends=step_ends
+    )  # fmt: skip
     check_gets_no_gradient(mask=mask)
     check_no_tangent("implicit_reward", prm_logp=prm_logp, ref_logp=ref_logp, mask=mask)
     if (granularity == "step") != (step_ends is not None):

@@ -129,6 +129,59 @@ def test_what_is_no_tensor_or_no_number_is_refused_by_name(call, value, message)
         call(value)
 
 
+ROWS = torch.full((6,), 0.5)
+HEAD = {
+    "hidden": HIDDEN, "weight": WEIGHT, "targets": TARGETS, "bias": None, "temperature": 1.0, "softcap": None,
+    "ignore_index": -100, "backend": "auto",
+}  # fmt: skip
+OF_PPO = {
+    "old_logp": ROWS, "advantages": ROWS, "token_weight": ROWS, "clip_low": 0.2, "clip_high": 0.2, "dual_clip": None,
+    "entropy_coef": 0.0, "kl_coef": 0.0, "ref_logp": ROWS, "importance": ROWS,
+}  # fmt: skip
+OF_PRM = {
+    "ref_logp": ROWS, "cu_seqlens": BOUNDS, "outcomes": torch.tensor([1.0, 0.0]), "beta": 0.05, "mask": ROWS,
+    "kind": "dpo", "group_ids": torch.zeros(2, dtype=torch.int64),
+}  # fmt: skip
+EVERY_OP = [
+    (linear_logprob, {**HEAD, "entropy": False, "vocab_group": None}),
+    (linear_token_loss, {**HEAD, "loss_fn": lambda logp, *_: -logp, "inputs": (ROWS,), "entropy": False}),
+    (linear_ppo_loss, {**HEAD, **OF_PPO}),
+    (linear_prm_loss, {**HEAD, **OF_PRM}),
+    (ppo_clip_loss, {"logp": ROWS, **OF_PPO, "entropy": ROWS, "backend": "auto"}),
+    (prm_loss, {"prm_logp": ROWS, **OF_PRM, "backend": "auto"}),
+    (
+        implicit_reward,
+        {
+            "prm_logp": ROWS, "ref_logp": ROWS, "beta": 0.05, "mask": ROWS, "cu_seqlens": BOUNDS,
+            "granularity": "step", "step_ends": ROWS > 0, "backend": "auto",
+        },
+    ),
+]  # fmt: skip
+ANYTHING = [
+    None, True, 0, -1.0, 3, 2.5, float("nan"), float("inf"), 10**30, -(2**70), "x", "fused", b"auto", [1.0, 2.0],
+    (ROWS,), {}, range(3), slice(0, 1), object(), lambda *_: 1, torch.float32, np.ones(6), np.float64(0.5),
+    np.array(3), torch.tensor(1.0), torch.ones(0), torch.ones(7), torch.ones(2, 3), ROWS > 0, ROWS.int(),
+    ROWS.half(), ROWS.to(torch.complex64), ROWS.to(torch.float8_e4m3fn), ROWS.to_sparse(), ROWS.to("meta"),
+    torch.nn.Parameter(ROWS), torch.nested.nested_tensor([ROWS]),
+]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize(("op", "arguments"), EVERY_OP, ids=lambda value: getattr(value, "__name__", ""))
+def test_whatever_is_given_for_an_argument_is_served_or_refused_by_its_name_in_a_line(op, arguments):
+    op(**arguments)
+    for name in arguments:
+        for value in ANYTHING:
+            try:
+                op(**{**arguments, name: value})
+            except (TypeError, ValueError) as error:
+                message = str(error)
+            else:
+                message = name
+            assert name in message
+            assert "\n" not in message
+
+
 @pytest.mark.parametrize("outcomes", [[2.0, 0.0], [0.5, -0.1], [float("nan"), 1.0], [float("inf"), 0.0]])
 @pytest.mark.parametrize("kind", ["ce", "dpo"])
 def test_outcomes_outside_0_and_1_are_refused(outcomes, kind):

@@ -235,7 +235,7 @@ def test_bad_options_are_refused_by_name():
         ({"dual_clip": 1.0}, "dual_clip must be > 1 or None, got 1.0"),
         ({"kl_coef": 0.1}, "ref_logp must be given where kl_coef is not 0"),
         ({"entropy_coef": 0.1}, "entropy must be given where entropy_coef is not 0"),
-        ({"ref_logp": torch.zeros(2)}, r"ref_logp must have the tokens' shape \[3\], got \[2\]"),
+        ({"ref_logp": torch.zeros(2)}, r"ref_logp must have logp's shape \[3\], got \[2\]"),
     ):
         with pytest.raises(ValueError, match=message):
             ppo_clip_loss(*rows, **options)
