@@ -113,20 +113,25 @@ class LogProbHead(nn.Linear):
         self, hidden: Tensor, targets: Tensor, loss_fn: LossFn, inputs: Sequence[Tensor] = (), **options: Any
     ) -> TokenLoss:
         """`linear_token_loss` of this head."""
-        return self(hidden, targets, loss_fn, inputs, op=linear_token_loss, **options)
+        return self(hidden, targets, op=linear_token_loss, loss_fn=loss_fn, inputs=inputs, **options)
 
     def ppo_loss(
         self, hidden: Tensor, targets: Tensor, old_logp: Tensor, advantages: Tensor, token_weight: Tensor,
         **options: Any,
     ) -> PPOLoss:  # fmt: skip
         """`linear_ppo_loss` of this head."""
-        return self(hidden, targets, old_logp, advantages, token_weight, op=linear_ppo_loss, **options)
+        return self(
+            hidden, targets, op=linear_ppo_loss, old_logp=old_logp, advantages=advantages, token_weight=token_weight,
+            **options,
+        )  # fmt: skip
 
     def prm_loss(
         self, hidden: Tensor, targets: Tensor, ref_logp: Tensor, cu_seqlens: Tensor, outcomes: Tensor, **options: Any
     ) -> PRMLoss:  # fmt: skip
         """`linear_prm_loss` of this head."""
-        return self(hidden, targets, ref_logp, cu_seqlens, outcomes, op=linear_prm_loss, **options)
+        return self(
+            hidden, targets, op=linear_prm_loss, ref_logp=ref_logp, cu_seqlens=cu_seqlens, outcomes=outcomes, **options
+        )  # fmt: skip
 
 
 _hook: Any = None

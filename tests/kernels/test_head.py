@@ -218,6 +218,25 @@ def test_an_option_that_a_subclass_or_a_hook_adds_counts(kind):
         assert torch.equal(head(x.hidden, x.targets, temperature=2.0).logp, warm)
 
 
+@pytest.mark.parametrize("kind", [Cooler, Named])
+def test_an_option_of_a_subclass_counts_in_the_losses_too(kind):
+    x, ones = make_inputs(N, D, V, F32, "cpu"), torch.ones(N)
+    head, bounds = kind(D, V), torch.tensor([0, 5, N])
+    args, options = (x.hidden, head.weight, x.targets), {"bias": head.bias, "temperature": 0.5}
+    given, fn = (-ones, ones, ones), lambda logp, entropy, a: -a * logp
+    found = [
+        head.ppo_loss(x.hidden, x.targets, *given).loss,
+        head.prm_loss(x.hidden, x.targets, -ones, bounds, ones[:2]).loss,
+        head.token_loss(x.hidden, x.targets, fn, (ones,)).loss,
+    ]
+    want = [
+        linear_ppo_loss(*args, *given, **options).loss,
+        linear_prm_loss(*args, -ones, bounds, ones[:2], **options).loss,
+        linear_token_loss(*args, fn, (ones,), **options).loss,
+    ]
+    assert torch.equal(torch.stack(found), torch.stack(want))
+
+
 def test_logits_come_by_the_name_that_nn_linear_gives_its_input():
     x, head = make_inputs(N, D, V, F32, "cpu"), LogProbHead(D, V)
     assert torch.equal(head(input=x.hidden), head(x.hidden))
