@@ -166,14 +166,21 @@ def real_number(value: Any) -> float:
     return value if isinstance(value, float) else float(value)
 
 
-def check_no_tangent(op: str, **inputs: object) -> None:
-    """Forward-mode derivatives are refused: torch would drop the tangent of an operator without a word."""
-    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+def check_reverse_mode(op: str, **inputs: object) -> None:
+    """Derivatives but those of autograd are refused: torch drops an operator's tangent without a word, and what
+    `torch.func` says names nothing."""
+    if torch.compiler.is_compiling():
         return
-    for name, t in inputs.items():
-        if isinstance(t, Tensor) and forward_ad.unpack_dual(t).tangent is not None:
+    tensors = {name: t for name, t in inputs.items() if isinstance(t, Tensor)}
+    for name, t in tensors.items() if forward_ad._current_level >= 0 else ():
+        if forward_ad.unpack_dual(t).tangent is not None:
             raise NotImplementedError(
                 f"{op} has no forward-mode derivative, and {name} carries a tangent; use prime_kernels.reference"
+            )
+    for name, t in tensors.items():
+        if torch._C._functorch.is_gradtrackingtensor(t):
+            raise NotImplementedError(
+                f"{op} has no derivative of torch.func, which {name} is under; use autograd or prime_kernels.reference"
             )
 
 

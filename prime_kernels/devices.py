@@ -58,8 +58,8 @@ def flop_per_byte(device: torch.device) -> int:
 
 
 def device_arch(device: torch.device) -> int:
-    """Compute capability as one number (90 for sm_90); 0 for a CPU."""
-    if device.type != "cuda" or torch.version.hip:  # AMD counts otherwise
+    """Compute capability as one number (90 for sm_90); 0 for a CPU, and for a GPU that torch only imagines."""
+    if device.type != "cuda" or torch.version.hip or not torch.cuda.is_available():  # AMD counts otherwise
         return 0
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import gemm, vocab_parallel
 from .calls import HeadCall, head_arguments, open_head, open_rows, trained
-from .checks import check_flag, check_no_tangent
+from .checks import check_flag, check_reverse_mode
 from .onepass import Gradients, Wanted, loss_and_gradients
 from .operators import Derivative, Results, Saved, own, register
 from .plan import HALF_DTYPES, Tiling, keeps_logp_gradient, plan_tiling
@@ -218,14 +218,14 @@ def linear_logprob(
         TypeError, ValueError: an argument's type, dtype, shape, device or value is off; the message names it. Target
             ids and per-token temperatures are looked at on a CPU, and on CUDA under PRIME_KERNELS_CHECK=1; else a
             target outside the vocabulary or a temperature ≤ 0 makes that token's results NaN.
-        RuntimeError: a second derivative is asked for. NotImplementedError: a forward-mode one.
+        RuntimeError: a second derivative is asked for. NotImplementedError: a forward-mode one, or one of torch.func.
     """
     head = head_arguments(
         hidden, weight, targets, bias=bias, temperature=temperature, softcap=softcap, ignore_index=ignore_index,
         backend=backend,
     )  # fmt: skip
     check_flag("entropy", entropy)
-    check_no_tangent("linear_logprob", hidden=hidden, weight=weight, bias=bias, temperature=temperature)
+    check_reverse_mode("linear_logprob", hidden=hidden, weight=weight, bias=bias, temperature=temperature)
     group, needs = vocab_parallel.group_name(vocab_group), trained(head)
     frozen = list(needs.values()) == [True, False, False] and not group
     if frozen and _keeps_gradient(head["hidden"], entropy=entropy):

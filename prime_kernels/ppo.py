@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import gemm
 from .calls import HeadCall, flat, head_arguments, open_head, strategy_for, trained, working_on
-from .checks import check_logp, check_no_tangent, check_number, check_rows, real_number
+from .checks import check_logp, check_number, check_reverse_mode, check_rows, real_number
 from .constants import IGNORED, PPO_STATS
 from .kept import exponentials_like, keeps_exponentials, loss_and_exponentials, of_exponentials
 from .onepass import Epilogue, Gradients, Wanted, loss_and_gradients, of_stored_gradients
@@ -272,7 +272,7 @@ def ppo_clip_loss(
         ref_logp=ref_logp, importance=importance,
     )  # fmt: skip
     check_rows("logp's", logp, optional=("entropy",), entropy=entropy)
-    check_no_tangent("ppo_clip_loss", logp=logp, entropy=entropy)
+    check_reverse_mode("ppo_clip_loss", logp=logp, entropy=entropy)
     loss, stats, *_ = _ppo_clip_loss(
         logp=flat(logp, dtype), entropy=flat(entropy, dtype), **rows, **options,
         use_triton=strategy_for(logp, backend) != "torch",
@@ -315,7 +315,7 @@ def linear_ppo_loss(
         hidden, weight, targets, bias=bias, temperature=temperature, softcap=softcap, ignore_index=ignore_index,
         backend=backend,
     )  # fmt: skip
-    check_no_tangent("linear_ppo_loss", hidden=hidden, weight=weight, bias=bias, temperature=temperature)
+    check_reverse_mode("linear_ppo_loss", hidden=hidden, weight=weight, bias=bias, temperature=temperature)
     options = _checked_options(clip_low, clip_high, dual_clip, entropy_coef, kl_coef, ref_logp)
     rows = _flat_rows(
         "targets'", targets, gemm.stats_dtype(head["hidden"].dtype), kl_coef, old_logp=old_logp, advantages=advantages,

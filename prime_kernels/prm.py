@@ -18,9 +18,9 @@ from .checks import (
     check_gets_no_gradient,
     check_host_or,
     check_logp,
-    check_no_tangent,
     check_number,
     check_plain_tensor,
+    check_reverse_mode,
     check_rows,
     may_read,
     real_number,
@@ -272,7 +272,7 @@ def prm_loss(
     cu_seqlens = cu_seqlens_of(prm_logp, cu_seqlens, use_triton)
     check_rows("prm_logp's", prm_logp, optional=("mask",), ref_logp=ref_logp, mask=mask)
     check_gets_no_gradient(mask=mask)
-    check_no_tangent("prm_loss", prm_logp=prm_logp, ref_logp=ref_logp, mask=mask)
+    check_reverse_mode("prm_loss", prm_logp=prm_logp, ref_logp=ref_logp, mask=mask)
     dtype = gemm.stats_dtype(prm_logp.dtype)
     loss, reward, logits, _ = _prm_loss(
         prm_logp=flat(prm_logp, dtype), ref_logp=flat(ref_logp.detach(), dtype), mask=flat(mask, dtype),
@@ -309,7 +309,7 @@ def linear_prm_loss(
         hidden, weight, targets, bias=bias, temperature=temperature, softcap=softcap, ignore_index=ignore_index,
         backend=backend,
     )  # fmt: skip
-    check_no_tangent("linear_prm_loss", hidden=hidden, weight=weight, bias=bias, temperature=temperature, mask=mask)
+    check_reverse_mode("linear_prm_loss", hidden=hidden, weight=weight, bias=bias, temperature=temperature, mask=mask)
     if targets.dim() != 1:
         raise ValueError(f"targets must have shape [T], packed, got {list(targets.shape)}")
     checked_cu_seqlens(cu_seqlens, targets)

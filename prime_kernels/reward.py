@@ -11,8 +11,8 @@ from .checks import (
     check_choice,
     check_gets_no_gradient,
     check_logp,
-    check_no_tangent,
     check_number,
+    check_reverse_mode,
     check_rows,
     real_number,
 )
@@ -143,7 +143,7 @@ def implicit_reward(
         "prm_logp's", prm_logp, optional=("mask", "step_ends"), ref_logp=ref_logp, mask=mask, step_ends=step_ends
     )  # fmt: skip
     check_gets_no_gradient(mask=mask)
-    check_no_tangent("implicit_reward", prm_logp=prm_logp, ref_logp=ref_logp, mask=mask)
+    check_reverse_mode("implicit_reward", prm_logp=prm_logp, ref_logp=ref_logp, mask=mask)
     if (granularity == "step") != (step_ends is not None):
         raise ValueError(f"step_ends must be given for granularity 'step' and for it alone, got {granularity!r}")
     dtype, use_triton = gemm.stats_dtype(prm_logp.dtype), strategy_for(prm_logp, backend) != "torch"

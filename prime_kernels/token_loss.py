@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import gemm
 from .calls import HeadCall, head_arguments, open_head
-from .checks import check_flag, check_no_tangent
+from .checks import check_flag, check_reverse_mode
 from .constants import IGNORED
 from .kept import gradients_of_exponentials, keeps_exponentials, loss_and_exponentials
 from .onepass import Gradients, Wanted, give_away, loss_and_gradients, stored
@@ -76,7 +76,7 @@ def linear_token_loss(
         raise TypeError(f"loss_fn must be a function, got {type(loss_fn).__name__}")
     if isinstance(inputs, Tensor) or not isinstance(inputs, Sequence):
         raise TypeError(f"inputs must be a sequence of tensors, got {type(inputs).__name__}")
-    check_no_tangent("linear_token_loss", hidden=hidden, weight=weight, bias=bias, temperature=temperature)
+    check_reverse_mode("linear_token_loss", hidden=hidden, weight=weight, bias=bias, temperature=temperature)
     for i, t in enumerate(inputs):
         if not isinstance(t, Tensor):
             raise TypeError(f"inputs[{i}] must be a tensor, got {type(t).__name__}")

@@ -44,3 +44,9 @@ def test_the_device_decides_where_one_pass_pays():
     assert {name: plan.passes for name, plan in found.items() if name in ("H100", "H200", "A100")} == {
         "H100": 2, "H200": 1, "A100": 1,
     }  # fmt: skip
+
+
+def test_a_gpu_that_is_not_there_has_no_kernels(monkeypatch):
+    """As fake tensors are on, for a plan of memory that is made on another machine."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert devices.device_arch(torch.device("cuda", 0)) == 0
