@@ -96,14 +96,17 @@ def check_head_values(targets: Tensor, codes: Tensor, temperature: Tensor | None
 def check_rows(whose: str, like: Tensor, *, optional: tuple[str, ...] = (), **rows: Tensor | None) -> None:
     """Per-token inputs are numbers of the shape and device of `like`, `whose` they are; optional ones may be None."""
     for name, t in rows.items():
-        if t is None and name in optional:
-            continue
-        check_plain_tensor(name, t, like, whose)
-        assert t is not None
-        if t.shape != like.shape:
-            raise ValueError(f"{name} must have {whose} shape {_shape(like)}, got {_shape(t)}")
-        if t.is_complex():
-            raise TypeError(f"{name} must hold real numbers, got {t.dtype}")
+        if t is not None or name not in optional:
+            check_row(name, t, whose, like)
+
+
+def check_row(name: str, t: object, whose: str, like: Tensor) -> None:
+    check_plain_tensor(name, t, like, whose)
+    assert isinstance(t, Tensor)
+    if t.shape != like.shape:
+        raise ValueError(f"{name} must have {whose} shape {_shape(like)}, got {_shape(t)}")
+    if t.is_complex():
+        raise TypeError(f"{name} must hold real numbers, got {t.dtype}")
 
 
 def check_gets_no_gradient(**inputs: Tensor | None) -> None:

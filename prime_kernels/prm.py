@@ -313,7 +313,7 @@ def linear_prm_loss(
     if targets.dim() != 1:
         raise ValueError(f"targets must have shape [T], packed, got {list(targets.shape)}")
     checked_cu_seqlens(cu_seqlens, targets)
-    check_rows("targets'", targets, optional=("mask",), ref_logp=ref_logp, mask=mask)
+    check_rows("the targets'", targets, optional=("mask",), ref_logp=ref_logp, mask=mask)
     check_gets_no_gradient(mask=mask)
     dtype = gemm.stats_dtype(head["hidden"].dtype)
     wanted = trained(head)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import gemm
 from .calls import HeadCall, head_arguments, open_head
-from .checks import check_flag, check_reverse_mode
+from .checks import check_flag, check_reverse_mode, check_row
 from .constants import IGNORED
 from .kept import gradients_of_exponentials, keeps_exponentials, loss_and_exponentials
 from .onepass import Gradients, Wanted, give_away, loss_and_gradients, stored
@@ -78,13 +78,7 @@ def linear_token_loss(
         raise TypeError(f"inputs must be a sequence of tensors, got {type(inputs).__name__}")
     check_reverse_mode("linear_token_loss", hidden=hidden, weight=weight, bias=bias, temperature=temperature)
     for i, t in enumerate(inputs):
-        if not isinstance(t, Tensor):
-            raise TypeError(f"inputs[{i}] must be a tensor, got {type(t).__name__}")
-        if t.shape != targets.shape or t.device != hidden.device:
-            raise ValueError(
-                f"inputs[{i}] must have the targets' shape {list(targets.shape)} on {hidden.device}, "
-                f"got {list(t.shape)} on {t.device}"
-            )
+        check_row(f"inputs[{i}]", t, "the targets'", targets)
     flat_inputs = [t.detach().reshape(-1) for t in inputs]
     call = HeadCall(**head)
     # Inside a Function none are on. Where they are outside, a closure over a parameter is refused, head frozen or not.

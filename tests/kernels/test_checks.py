@@ -142,7 +142,15 @@ OF_PRM = {
     "ref_logp": ROWS, "cu_seqlens": BOUNDS, "outcomes": torch.tensor([1.0, 0.0]), "beta": 0.05, "mask": ROWS,
     "kind": "dpo", "group_ids": torch.zeros(2, dtype=torch.int64),
 }  # fmt: skip
+
+
+def with_input(**arguments):
+    """linear_token_loss by the name that its one input has in messages."""
+    return linear_token_loss(HIDDEN, WEIGHT, TARGETS, lambda logp, *_: -logp, (arguments["inputs[0]"],))
+
+
 EVERY_OP = [
+    (with_input, {"inputs[0]": ROWS}),
     (linear_logprob, {**HEAD, "entropy": False, "vocab_group": None}),
     (linear_token_loss, {**HEAD, "loss_fn": lambda logp, *_: -logp, "inputs": (ROWS,), "entropy": False}),
     (linear_ppo_loss, {**HEAD, **OF_PPO}),
