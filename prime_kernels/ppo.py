@@ -318,8 +318,8 @@ def linear_ppo_loss(
     check_reverse_mode("linear_ppo_loss", hidden=hidden, weight=weight, bias=bias, temperature=temperature)
     options = _checked_options(clip_low, clip_high, dual_clip, entropy_coef, kl_coef, ref_logp)
     rows = _flat_rows(
-        "the targets'", targets, gemm.stats_dtype(head["hidden"].dtype), kl_coef, old_logp=old_logp, advantages=advantages,
-        token_weight=token_weight, ref_logp=ref_logp, importance=importance,
+        "the targets'", targets, gemm.stats_dtype(head["hidden"].dtype), kl_coef, old_logp=old_logp,
+        advantages=advantages, token_weight=token_weight, ref_logp=ref_logp, importance=importance,
     )  # fmt: skip
     wanted = trained(head)
     keeps = keeps_exponentials(
