@@ -128,7 +128,7 @@ def strategy_for(hidden: Tensor, backend: str, weight: Tensor | None = None) -> 
         backend, arch=device_arch(hidden.device), dtype=hidden.dtype, triton=HAS_TRITON,
         aligned=weight is None or (_aligned(hidden) and _aligned(weight)),
     )  # fmt: skip
-    if strategy != "torch" and not hidden.is_cuda and not INTERPRETED:
+    if strategy != "torch" and (torch.version.hip or not (hidden.is_cuda or INTERPRETED)):
         raise ValueError(
             f"backend={backend!r} needs an NVIDIA GPU, hidden is on {hidden.device}; use backend='torch', or set "
             "TRITON_INTERPRET=1 before prime_kernels is imported to run the kernels slowly on a CPU"

@@ -1,7 +1,6 @@
 """Bad input is refused by name: the argument, what was found, what is wanted."""
 
 import os
-import sys
 from numbers import Integral, Real
 from typing import Any
 
@@ -14,7 +13,7 @@ from .constants import IGNORED, INVALID
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # 1/temperature is a number in fp32 with room for the logits it multiplies.
 SMALLEST_TEMPERATURE = 1e-30
-LARGEST = sys.float_info.max
+LARGEST = torch.finfo(torch.float32).max
 
 
 def check_head_inputs(
@@ -71,7 +70,14 @@ def check_head_inputs(
 
 def may_read(t: Tensor) -> bool:
     """Whether a check may look at t's numbers: on a CPU, where that costs nothing, or where it is asked for."""
-    return t.device.type == "cpu" or os.environ.get("PRIME_KERNELS_CHECK") == "1"
+    if t.device.type == "cpu":
+        return True
+    return os.environ.get("PRIME_KERNELS_CHECK") == "1" and not is_captured(t.device)
+
+
+def is_captured(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured, which allows no look at any number."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def check_head_values(targets: Tensor, codes: Tensor, temperature: Tensor | None, total_vocab: int | Tensor) -> None:
@@ -87,10 +93,11 @@ def check_head_values(targets: Tensor, codes: Tensor, temperature: Tensor | None
         )
     if temperature is None:
         return
-    bad = ~(temperature > 0) & (codes != IGNORED)
+    bad = ~((temperature > 0) & (temperature < torch.inf)) & (codes != IGNORED)
     if bad.any():
         at = int(bad.nonzero()[0])
-        raise ValueError(f"temperature must be > 0, got {float(temperature[at])} at token {at}")
+        value = float(temperature[at])
+        raise ValueError(f"temperature must be {'finite' if value > 0 else '> 0'}, got {value} at token {at}")
 
 
 def check_rows(whose: str, like: Tensor, *, optional: tuple[str, ...] = (), **rows: Tensor | None) -> None:
@@ -146,7 +153,8 @@ def check_number(
     if above is not None and not number > above:
         raise ValueError(f"{name} must be > {above:g}{or_none}, got {value}")
     if finite and not -LARGEST <= number <= LARGEST:  # math.isfinite is no part of a graph
-        raise ValueError(f"{name} must be finite{or_none}, got {value}")
+        beyond = "" if number != number or abs(number) == float("inf") else ", which float32 cannot hold"
+        raise ValueError(f"{name} must be finite{or_none}, got {value}{beyond}")
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -190,8 +198,8 @@ def check_reverse_mode(op: str, **inputs: object) -> None:
 def check_plain_tensor(name: str, t: object, like: Tensor | None, whose: str = "hidden's") -> None:
     if not isinstance(t, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
-    if t.layout is not torch.strided or t.is_nested:
-        found = "a nested one" if t.is_nested else f"one of layout {t.layout}"
+    if t.layout is not torch.strided or t.is_nested or t.is_quantized:
+        found = "a nested one" if t.is_nested else "a quantized one" if t.is_quantized else f"one of layout {t.layout}"
         raise TypeError(f"{name} must be a strided tensor, got {found}")
     if is_dtensor(t):
         raise TypeError(

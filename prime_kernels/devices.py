@@ -1,5 +1,6 @@
 """What GPUs can do, from their makers' datasheets, by name."""
 
+import re
 from dataclasses import dataclass
 from functools import cache
 
@@ -39,7 +40,11 @@ GPU_FLOP_PER_BYTE, CPU_FLOP_PER_BYTE = FLOP_PER_BYTE["H200"], 7
 
 
 def _key(name: str) -> str | None:
-    return next((key for key in DEVICES if all(word in name for word in key.split())), None)
+    words = re.findall(r"\w+", name)
+    if "MIG" in words:  # a part of one
+        return None
+    # A GH200 has an H200's GPU, a GB200 B200s.
+    return next((key for key in DEVICES if all(any(w.endswith(k) for w in words) for k in key.split())), None)
 
 
 def named(name: str) -> Device | None:

@@ -67,6 +67,8 @@ class _ProcessFlags:
 
     def leave(self) -> None:
         with self.lock:
+            if self.inside == 0:  # a child process that was forked inside
+                return
             self.inside -= 1
             if self.inside == 0:
                 for name, value in self.before.items():

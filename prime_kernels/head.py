@@ -29,13 +29,21 @@ def _unbound(forward: Callable[..., Any]) -> Callable[..., Any]:
     """A head's `forward` that is given what was bound; what a hook has added stands beside it."""
 
     @wraps(forward)
-    def unbinding(self: nn.Module, *args: Any, **options: Any) -> Any:
-        if args and isinstance(args[-1], _Bound):
-            *args, bound = args  # type: ignore[assignment]
+    def unbinding(self: nn.Module, *args: Any, bound: _Bound | None = None, **options: Any) -> Any:
+        if bound is not None:
             args, options = (*args, *bound.args), {**bound.options, **options}
         return forward(self, *args, **options)
 
+    unbinding.unbinds = True  # type: ignore[attr-defined]
     return unbinding
+
+
+def _unbinds(forward: Callable[..., Any]) -> bool:
+    return getattr(forward, "unbinds", False)
+
+
+def _is_sharded(head: nn.Module) -> bool:
+    return any(base.__name__ == "FSDPModule" for base in type(head).__mro__)
 
 
 class LogProbHead(nn.Linear):
@@ -60,13 +68,15 @@ class LogProbHead(nn.Linear):
     A subclass may have a `forward` of its own, `(self, hidden, targets=None, ...)` with any of the options by name.
     """
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = True, **options: Any) -> None:
-        super().__init__(in_features, out_features, bias, **options)
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = True, device: Any = None, dtype: Any = None
+    ) -> None:  # fmt: skip
+        super().__init__(in_features, out_features, bias, device, dtype)
         _keep_heads()
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        if "forward" in vars(cls):
+        if not _unbinds(cls.forward):  # its own, or a mixin's
             cls.forward = _unbound(cls.forward)  # type: ignore[method-assign]
 
     @classmethod
@@ -96,9 +106,13 @@ class LogProbHead(nn.Linear):
     def __call__(self, hidden: Any = None, targets: Tensor | None = None, *args: Any, **options: Any) -> Any:
         if hidden is None:
             hidden = options.pop("input", None)  # as nn.Linear has it
+        if hidden is None:
+            raise TypeError("LogProbHead must be given hidden states, got None")
         if targets is None and not args and not options:
             return super().__call__(hidden)
-        return super().__call__(hidden, targets, _Bound(args, options))
+        if not _unbinds(self.forward) and not _is_sharded(self):  # somebody has put another one in its place
+            return super().__call__(hidden, targets, *args, **options)
+        return super().__call__(hidden, targets, bound=_Bound(args, options))
 
     @_unbound
     def forward(self, hidden: Tensor, targets: Tensor | None = None, *args: Any, **options: Any) -> Any:
@@ -150,11 +164,16 @@ def _computes_linear(layer: nn.Module) -> bool:
     own = isinstance(layer, nn.Linear) and all(
         method in (getattr(nn.Linear, name), getattr(LogProbHead, name)) for method, name in methods
     )
-    return own and "forward" not in vars(layer) and "weight" in layer._parameters
+    return own and "forward" not in vars(layer) and _has_parameters(layer)
+
+
+def _has_parameters(layer: nn.Module) -> bool:
+    """Whether weight and bias are parameters, not what pruning, a parametrisation or a buffer makes them."""
+    return {"weight", "bias"} <= layer._parameters.keys()
 
 
 def _has_hooks(layer: nn.Module) -> bool:
-    return any(getattr(layer, f"_{kind}_hooks") for kind in ("forward", "forward_pre", "backward", "backward_pre"))
+    return any(hooks for name, hooks in vars(layer).items() if name.endswith("_hooks"))
 
 
 def _on_parameters(head: "LogProbHead", linear: nn.Linear) -> "LogProbHead":
@@ -171,7 +190,11 @@ def _replacement(parent: nn.Module, name: str, module: nn.Module | None) -> nn.M
         return None
     if not _computes_linear(module) or _has_hooks(module):
         return None
-    if any(base.__name__ == "FSDPModule" for base in type(head).__mro__):
+    if _is_sharded(head):
         raise TypeError(f"{name} is a LogProbHead that FSDP2 shards already: replace its layer before fully_shard")
+    if not _has_parameters(head):
+        raise TypeError(f"{name} is a LogProbHead whose weight is made of others: remove its parametrisation first")
     # A copy: whoever holds the old head keeps it as it is.
-    return _on_parameters(copy.copy(head), module)
+    new = copy.copy(head)
+    vars(new).update({key: copy.copy(value) for key, value in vars(new).items() if isinstance(value, dict)})
+    return _on_parameters(new, module)

@@ -30,13 +30,13 @@ def keeps_exponentials(
     if hidden.dim() != 2 and not hidden.is_contiguous():
         return False
     strategy = one_pass_strategy(
-        strategy_for(hidden.view(-1, hidden.shape[-1]), backend, weight),
+        strategy_for(hidden.view(hidden.shape[:-1].numel(), hidden.shape[-1]), backend, weight),
         dtype=hidden.dtype, softcap=softcap, entropy_gradient=entropy_gradient,
     )  # fmt: skip
     V, D = weight.shape
     itemsize = gemm.operand(hidden[:0]).dtype.itemsize
     return strategy == "fused" and exponentials_fit(
-        hidden.numel() // max(D, 1), D, V, itemsize=itemsize, workspace=one_pass_workspace()
+        hidden.shape[:-1].numel(), D, V, itemsize=itemsize, workspace=one_pass_workspace()
     )  # fmt: skip
 
 
@@ -68,7 +68,7 @@ def gradients_of_exponentials(
     dead, v, D = factor == 0, factor * upstream, hidden.shape[-1]
     with working_on(hidden):
         if need_dw:
-            rows = alive(gemm.operand(hidden.reshape(-1, D)), dead, factor=v)
+            rows = alive(gemm.operand(hidden.reshape(len(v), D)), dead, factor=v)
             found["weight"] = gemm.mm(e.t(), rows, out=torch.empty_like(weight))
         if need_dbias:
             found["bias"] = gemm.column_sums(e, factor.dtype, v).to(hidden.dtype)

@@ -121,13 +121,16 @@ _linear_logprob = register(
 
 
 def _frozen(call: HeadCall) -> Results:
-    """(logp [...], ∂logp/∂hidden [..., D] in the logits' dtype and in units, the unit) of a head without gradients."""
+    """(logp [...], τ·∂logp/∂hidden [..., D] in the logits' dtype and in units, the unit) of a head without gradients.
+
+    Rows have nothing to do with each other here, so a small temperature τ of one need not set the unit of all.
+    """
     logp = call.hidden.new_empty(call.targets.shape, dtype=gemm.stats_dtype(call.hidden.dtype))
     flat = logp.view(-1)
 
     def epilogue(at: slice, stats: RowStats) -> tuple[Tensor, None]:
         flat[at] = stats.logp
-        return torch.ones_like(stats.logp), None
+        return torch.ones_like(stats.logp) if rows.temperature is None else rows.temperature[at], None
 
     with open_head(call, entropy=False, one_pass=True) as (tiles, rows, head):
         kept = loss_and_gradients(tiles, rows, head, epilogue, ONLY_HIDDEN, workspace=logprob_workspace())
@@ -140,16 +143,21 @@ def _frozen_fake(call: HeadCall) -> Results:
 
 
 def _frozen_gradients(saved: Saved[HeadCall], dlogp: Tensor) -> dict[str, Tensor]:
-    kept, unit, targets = saved.tensors
-    factor = (dlogp * unit).masked_fill(targets == saved.options.ignore_index, 0)[..., None]
+    kept, unit, targets, temperature = saved.tensors
     # Where an upstream gradient is 0 so is this one, even of a row that is NaN.
-    return {"hidden": (kept * factor).masked_fill_(factor == 0, 0).to(saved.dtypes["hidden"])}
+    nothing = (dlogp == 0) | (targets == saved.options.ignore_index)
+    factor = dlogp * unit if temperature is None else dlogp * unit / temperature
+    gradient = (kept * factor[..., None]).masked_fill_(nothing[..., None], 0)
+    return {"hidden": gradient.to(saved.dtypes["hidden"])}
 
 
 ONLY_HIDDEN = Wanted(hidden=True, weight=False, bias=False)
 _linear_logprob_frozen = register(
     "linear_logprob_frozen", HeadCall, 3, _frozen, _frozen_fake,
-    Derivative(results=1, gradients=_frozen_gradients, keep=lambda call, results: (*results[1:], call.targets)),
+    Derivative(
+        results=1, gradients=_frozen_gradients,
+        keep=lambda call, results: (*results[1:], call.targets, call.temperature),
+    ),
 )  # fmt: skip
 
 

@@ -45,6 +45,10 @@ from .tiles import Head, LogitTiles, RowGrads, Rows, RowStats, Tiles
 Epilogue = Callable[[slice, RowStats], tuple[Tensor, Tensor | None]]
 
 
+# Numbers of a token at once where the epilogue sees all tokens together: PPO's terms with all of their options.
+LOSS_NUMBERS = 24
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:
     """Which gradients are computed."""
@@ -117,7 +121,7 @@ def loss_and_gradients(
 
     tiling = plan_tiling(
         max(N, 1), D, V, workspace=workspace, bytes_per_logit=tiles.bytes_per_logit, half=False, copies=copies,
-        itemsize=itemsize,
+        itemsize=itemsize, per_token=LOSS_NUMBERS,
     )  # fmt: skip
     stats = sweep_forward(tiles, rows, head, tiling)
     dlogp, dentropy = epilogue(slice(0, N), stats)
@@ -208,10 +212,12 @@ class GradientSums:
         """A chunk's derivatives in the sums' unit, which changes where these would be too small or too large for it."""
         if not self.scales:
             return grads
-        # |dZ| ≤ (|dlogp| + |dentropy|·log V)/τ
-        size = grads.dlogp.abs()
+        # |dZ| ≤ (|dlogp|·(1 − p_target) + |dentropy|·min(log V, 2H))/τ: a row that is sure of its target has no say.
+        size = grads.dlogp.abs() * grads.others
         if grads.dentropy is not None:
-            size = size + grads.dentropy.abs() * log(max(len(self.head.weight), 2))
+            assert grads.stats.entropy is not None
+            most = log(max(len(self.head.weight), 2))
+            size = size + grads.dentropy.abs() * (2 * grads.stats.entropy).clamp(0, most)
         if temperature is not None:
             size = size / temperature
         largest = torch.where(size.isfinite(), size, 0).amax() if len(size) else size.new_zeros(())

@@ -59,11 +59,11 @@ def choose_strategy(
         return "torch"
     if not triton:
         raise ValueError(f"backend={backend!r} needs Triton, which is not installed; use backend='torch'")
+    if 0 < arch < 80:
+        raise ValueError(f"backend={backend!r} needs a GPU of sm_80 or newer, got sm_{arch}; use backend='torch'")
     if backend == "fused":
         if dtype not in HALF_DTYPES:
             raise ValueError(f"backend='fused' takes hidden of bfloat16 or float16, got {dtype}; use 'chunked'")
-        if 0 < arch < 80:
-            raise ValueError(f"backend='fused' needs a GPU of sm_80 or newer, got sm_{arch}; use backend='torch'")
         return "fused" if aligned else "chunked"
     if dtype not in TRITON_DTYPES:
         raise ValueError(
@@ -96,8 +96,9 @@ class Tiling:
 
 
 def plan_tiling(
-    N: int, D: int, V: int, *, workspace: int, bytes_per_logit: float, half: bool, copies: bool, itemsize: int = 4
-) -> Tiling:
+    N: int, D: int, V: int, *, workspace: int, bytes_per_logit: float, half: bool, copies: bool, itemsize: int = 4,
+    per_token: int = 6,
+) -> Tiling:  # fmt: skip
     """Tiles for a call on [N, D] hidden states and [V, D] weights that keep scratch memory within `workspace` bytes.
 
     The same grid serves forward and backward, so that both see the same logits. Counted are, at the worst moment,
@@ -107,7 +108,7 @@ def plan_tiling(
       + cols·D·b                   if half and (rows < N or copies)   accumulator of a slice of dW
       + (rows + cols)·D·b          if copies               copies of the tile's operands
       + rows·D·b                   if not half             hidden states without those that do not count
-      + (rows·28 + cols·2 + N·6)·b                         row statistics, bias gradient, per-token inputs
+      + (rows·28 + cols·2 + N·per_token)·b                 row statistics, bias gradient, what a token has
 
     With `half` (gradients of bf16 or fp16) the output cannot serve as its own accumulator. At most half the workspace
     holds resident dX; each token beyond pays one more recomputation of its logits, 2·D·V FLOP. Only `cols` depends
@@ -118,6 +119,7 @@ def plan_tiling(
         half: gradients are of a 16-bit dtype.
         copies: a tile's operands are copied first: 16-bit ones to fp32 on a CPU, or for their strides.
         itemsize: b, bytes of a number that is not of 16 bits: 4, or 8 for fp64.
+        per_token: numbers of each token, whichever tile it is in.
 
     Raises:
         ValueError: not even the smallest tile fits.
@@ -129,7 +131,7 @@ def plan_tiling(
         if half:
             fits = workspace // 2 // (itemsize * max(D, 1))
             resident = N if fits >= N else fits // rows * rows
-        fixed = itemsize * (28 * rows + 6 * N)
+        fixed = itemsize * (28 * rows + per_token * N)
         fixed += itemsize * D * (max(resident, rows) if half else rows)
         fixed += itemsize * D * rows if copies else 0
         per_col = rows * bytes_per_logit + 2 * itemsize
@@ -241,7 +243,7 @@ def exponentials_settings(arch: int, *, bias: bool, softcap: bool) -> GemmSettin
 
     On sm_100 the next smaller tile, as the largest one's epilogue has registers for a gradient alone.
     """
-    return of_architecture(FUSED, arch)[2 if softcap or (bias and arch == 100) else int(100 <= arch < 120)]
+    return of_architecture(FUSED, arch)[2 if softcap or (bias and 100 <= arch < 120) else int(100 <= arch < 120)]
 
 
 @dataclass(frozen=True, slots=True)

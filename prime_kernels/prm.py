@@ -84,6 +84,9 @@ def _sequence_terms(
         logits = sequences.sums(reward)
         logits = logits + logits * 0  # NaN of an infinite reward: a sigmoid must not turn that into a number
     if not use_triton or group_ids is not None:
+        outcomes = torch.where(
+            (outcomes >= 0) & (outcomes <= 1), outcomes, torch.nan
+        )  # those on a device were not read
         if group_ids is None:
             loss = softplus(-logits.abs()) + logits.clamp(min=0) - logits * outcomes
             dlogit = logits.sigmoid() - outcomes
@@ -107,7 +110,7 @@ def _dpo(logits: Tensor, outcomes: Tensor, group_ids: Tensor) -> tuple[Tensor, T
     opposite = (group_ids[None, :] == group_ids[:, None]) & torch.where(right[:, None], lower, higher)
     other = torch.where(opposite, logits[None, :], 0).sum(1) / opposite.sum(1).clamp(min=1)
     sign = torch.where(right, 1.0, -1.0).to(logits.dtype)
-    margin = sign * (logits - other)
+    margin = sign * (logits - other) + outcomes * 0
     return softplus(-margin), -sign * (-margin).sigmoid()
 
 

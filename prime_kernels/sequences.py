@@ -6,7 +6,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from .checks import check_host_or, check_plain_tensor, may_read
+from .checks import check_host_or, check_plain_tensor, is_captured, may_read
 from .operators import is_shape_only
 
 
@@ -45,7 +45,7 @@ class Sequences:
         if cu_seqlens.device.type == "cpu":
             host = boundaries(cu_seqlens, T)
             return cls(bounds=moved("cu_seqlens", cu_seqlens, tokens.device), host=host, poison=None)
-        if (read and not _capturing(tokens.device)) or may_read(cu_seqlens):
+        if (read and not is_captured(tokens.device)) or may_read(cu_seqlens):
             return cls(bounds=cu_seqlens, host=boundaries(cu_seqlens, T), poison=None)
         good = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == T) & (cu_seqlens.diff() > 0).all()
         poison = torch.where(good, 0.0, torch.nan).to(tokens.dtype)
@@ -75,7 +75,7 @@ class Sequences:
         Raises:
             ValueError: the host does not know the boundaries, and may not read them as a CUDA graph is captured.
         """
-        if self.host is None and _capturing(self.bounds.device):
+        if self.host is None and is_captured(self.bounds.device):
             raise ValueError("backend='torch' sums sequences on the host, no CUDA graph can hold it; use 'triton'")
         host = self.bounds.tolist() if self.host is None else self.host
         return torch.stack([part.sum() for part in t.split(lengths(host))])
@@ -89,15 +89,11 @@ def moved(name: str, t: Tensor, device: torch.device) -> Tensor:
     """
     if t.device == device or device.type != "cuda" or torch.compiler.is_compiling() or is_shape_only(t):
         return t.to(device)
-    if _capturing(device):
+    if is_captured(device):
         raise ValueError(f"{name} must be on the tokens' device while a CUDA graph is captured, got one on the host")
     # A copy of our own: the user may write to the original before the device has read it.
     pinned = torch.empty_like(t, pin_memory=True).copy_(t)
     return pinned.to(device, non_blocking=True)
-
-
-def _capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def boundaries(cu_seqlens: Tensor, T: int) -> list[int]:
@@ -122,7 +118,8 @@ def cu_seqlens_of(logp: Tensor, cu_seqlens: Tensor | None, use_triton: bool) -> 
         return checked_cu_seqlens(cu_seqlens, logp)
     if logp.dim() != 2 or logp.numel() == 0:
         raise ValueError(f"prm_logp must have shape [S, L] without cu_seqlens, got {list(logp.shape)}")
-    return torch.arange(logp.shape[0] + 1, device=logp.device if use_triton else "cpu") * logp.shape[1]
+    on_device = use_triton or is_captured(logp.device)
+    return torch.arange(logp.shape[0] + 1, device=logp.device if on_device else "cpu") * logp.shape[1]
 
 
 def lengths(bounds: list[int]) -> list[int]:

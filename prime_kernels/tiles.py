@@ -295,7 +295,7 @@ class TorchTiles(LogitTiles):
 
 
 def _positive(temperature: Tensor) -> Tensor:
-    return torch.where(temperature > 0, temperature, torch.nan)
+    return torch.where((temperature > 0) & (temperature < torch.inf), temperature, torch.nan)
 
 
 def _target_columns(codes: Tensor, head: Head) -> tuple[Tensor, Tensor]:

@@ -80,7 +80,9 @@ def linear_token_loss(
     for i, t in enumerate(inputs):
         check_row(f"inputs[{i}]", t, "the targets'", targets)
     flat_inputs = [t.detach().reshape(-1) for t in inputs]
-    call = HeadCall(**head)
+    # Torch resolves what an operator is given, but not a Function: a tensor may be the negative of its memory.
+    resolved: dict[str, Any] = {name: t.resolve_neg() if isinstance(t, Tensor) else t for name, t in head.items()}
+    call = HeadCall(**resolved)
     # Inside a Function none are on. Where they are outside, a closure over a parameter is refused, head frozen or not.
     grad = torch.is_grad_enabled()
     loss, logp, row_entropy = _TokenLoss.apply(
@@ -185,6 +187,7 @@ def _differentiate(
     if not isinstance(loss, Tensor) or loss.shape != logp.shape:
         found = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
         raise ValueError(f"loss_fn must return a loss for each of {len(logp)} tokens, got {found}")
+    check_row("the loss that loss_fn returns", loss, "logp's", logp)
     dlogp, dentropy = torch.zeros_like(logp), None
     if loss.requires_grad:
         _refuse_closures(loss, leaves)

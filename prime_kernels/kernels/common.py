@@ -59,8 +59,8 @@ def log1p(x):
 
 @triton.jit
 def inverse_temperature(tau):
-    """1/τ of each row; NaN where τ is not positive, so that such a row has no plausible result."""
-    return tl.where(tau > 0, tl.div_rn(1.0, tau), float("nan"))
+    """1/τ of each row; NaN where τ is not positive or infinite, so that such a row has no plausible result."""
+    return tl.where((tau > 0) & (tau < float("inf")), tl.div_rn(1.0, tau), float("nan"))
 
 
 @triton.jit

@@ -121,6 +121,7 @@ def prm_kernel(
     if outcome_ptr is not None:
         # BCE with logits: max(l, 0) − l·y + log(1 + e^{−|l|}), derivative σ(l) − y
         y = tl.load(outcome_ptr + seq)
+        y = tl.where((y >= 0) & (y <= 1), y, float("nan"))  # the host has not looked at it
         e = tl.exp(-tl.abs(logit))
         positive = tl.where(logit < 0, 0.0, logit)  # NaN stays
         tl.store(loss_ptr + seq, positive - logit * y + log1p(e))

@@ -65,6 +65,12 @@ CASES = [
     ({"vocab_group": "tp"}, TypeError, r"vocab_group must be a ProcessGroup or None, got str"),
     ({"ignore_index": 1 << 70}, ValueError, r"ignore_index must be an integer of 64 bits, got 1180591620717411303424"),
     ({"temperature": 10**400}, ValueError, r"temperature must be finite, got 1000"),
+    ({"temperature": 1e39}, ValueError, r"temperature must be finite, got 1e\+39, which float32 cannot hold"),
+    (
+        {"temperature": torch.tensor([[1, 1, 1], [1, torch.inf, 1]])},
+        ValueError,
+        r"temperature .* finite, got inf at token 4",
+    ),
     ({"entropy": torch.ones(2, 3)}, TypeError, r"entropy must be True or False, got Tensor"),
     ({"entropy": "yes"}, TypeError, r"entropy must be True or False, got str"),
     ({"backend": torch.ones(2)}, TypeError, r"backend must be a string, got Tensor"),
@@ -101,6 +107,7 @@ OF_TOKENS = [
         r"inputs\[0\] must be a tensor",
     ),
     (lambda v: linear_token_loss(HIDDEN, WEIGHT, TARGETS, v), None, r"loss_fn must be a function, got NoneType"),
+    (lambda v: linear_token_loss(HIDDEN, WEIGHT, TARGETS, lambda lp, _: v * lp), 1j, r"loss that loss_fn returns must"),
     (
         lambda v: linear_token_loss(HIDDEN, WEIGHT, TARGETS, torch.add, v),
         TOKENS,
@@ -170,7 +177,8 @@ ANYTHING = [
     (ROWS,), {}, range(3), slice(0, 1), object(), lambda *_: 1, torch.float32, np.ones(6), np.float64(0.5),
     np.array(3), torch.tensor(1.0), torch.ones(0), torch.ones(7), torch.ones(2, 3), ROWS > 0, ROWS.int(),
     ROWS.half(), ROWS.to(torch.complex64), ROWS.to(torch.float8_e4m3fn), ROWS.to_sparse(), ROWS.to("meta"),
-    torch.nn.Parameter(ROWS), torch.nested.nested_tensor([ROWS]),
+    torch.nn.Parameter(ROWS), torch.nested.nested_tensor([ROWS]), 1e39,
+    torch.quantize_per_tensor(ROWS, 0.1, 0, torch.qint8),
 ]  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from prime_kernels import devices
+from prime_kernels import devices, linear_logprob
 from prime_kernels.plan import plan_one_pass
 
 MIB = 1 << 20
@@ -13,6 +13,7 @@ MIB = 1 << 20
     ("name", "want"),
     [
         ("NVIDIA H100 80GB HBM3", 266), ("NVIDIA H100 PCIe", 340), ("NVIDIA H200", 184), ("NVIDIA GH200 480GB", 184),
+        ("NVIDIA RTX A1000 Laptop GPU", 184),
         ("NVIDIA A100-SXM4-80GB", 138), ("NVIDIA B200", 253), ("NVIDIA L40S", 377), ("NVIDIA GeForce RTX 5090", 184),
     ],
 )  # fmt: skip
@@ -50,3 +51,17 @@ def test_a_gpu_that_is_not_there_has_no_kernels(monkeypatch):
     """As fake tensors are on, for a plan of memory that is made on another machine."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert devices.device_arch(torch.device("cuda", 0)) == 0
+
+
+@pytest.mark.parametrize("name", ["NVIDIA RTX A1000 Laptop GPU", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "Tesla T4"])
+def test_a_name_that_only_looks_like_one_of_the_table_is_none(name):
+    assert devices.named(name) is None
+
+
+@pytest.mark.parametrize("backend", ["triton", "chunked", "fused"])
+def test_kernels_are_refused_on_amd(monkeypatch, backend):
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    hidden, targets = torch.zeros(2, 8, dtype=torch.bfloat16), torch.zeros(2, dtype=torch.int64)
+    with pytest.raises(ValueError, match=f"backend='{backend}' needs an NVIDIA GPU"):
+        linear_logprob(hidden, hidden, targets, backend=backend)
+    assert linear_logprob(hidden, hidden, targets).logp.shape == (2,)

@@ -101,7 +101,10 @@ def test_a_process_forked_inside_an_op_has_the_flags_as_they_were(users_choice):
         gemm._flags.forked()  # as a child does first
         assert torch._C._get_cublas_allow_bf16_reduced_precision_reduction() == (True, True)
         assert gemm._flags.inside == 0
-        gemm._flags.inside = 1  # the parent's own
+    assert gemm._flags.inside == 0  # though the child leaves the block as its parent does
+    with gemm.full_precision_sums():
+        pass
+    assert torch._C._get_cublas_allow_bf16_reduced_precision_reduction() == (True, True)
 
 
 def test_an_error_inside_an_op_leaves_the_flags_as_they_were(users_choice):

@@ -81,8 +81,8 @@ def test_it_is_the_ops_with_its_own_weight():
     assert torch.equal(token.loss, linear_token_loss(*args, fn, **options).loss)
 
 
-def test_state_dict_is_that_of_nn_linear():
-    linear, head = nn.Linear(D, V), LogProbHead(D, V)
+def test_state_dict_and_arguments_are_those_of_nn_linear():
+    linear, head = nn.Linear(D, V, True, "cpu", F32), LogProbHead(D, V, True, "cpu", F32)
     head.load_state_dict(linear.state_dict())
     assert head.state_dict().keys() == linear.state_dict().keys()
     assert torch.equal(head.weight, linear.weight)
@@ -131,16 +131,57 @@ def test_a_layer_that_computes_something_else_is_refused(layer):
         LogProbHead.from_linear(layer())
 
 
+def with_bias_buffer(layer):
+    bias = layer.bias.detach()
+    del layer.bias
+    layer.register_buffer("bias", bias)
+    return layer
+
+
+def with_parametrised(name):
+    def of(layer):
+        torch.nn.utils.parametrize.register_parametrization(layer, name, nn.Tanh())
+        return layer
+
+    return of
+
+
+def pruned(layer):
+    return torch.nn.utils.prune.random_unstructured(layer, "weight", amount=0.5)
+
+
+MADE_OF_OTHERS = [with_bias_buffer, with_parametrised("bias"), with_parametrised("weight"), pruned]
+
+
+@pytest.mark.parametrize("change", MADE_OF_OTHERS)
+def test_a_layer_whose_parameters_are_made_of_others_is_refused_and_left_alone_in_a_heads_place(change):
+    model, layer = Model(), change(nn.Linear(D, V))
+    with pytest.raises(TypeError, match="merge its adapters or dequantise it first"):
+        LogProbHead.from_linear(layer)
+    model.head = layer
+    assert model.head is layer
+
+
+@pytest.mark.parametrize("change", MADE_OF_OTHERS)
+def test_a_head_whose_parameters_are_made_of_others_is_not_replaced(change):
+    model = Model()
+    change(model.head)
+    with pytest.raises(TypeError, match="head is a LogProbHead whose weight is made of others"):
+        model.head = nn.Linear(D, V)
+
+
 @pytest.mark.parametrize(
-    "register", ["forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"]
-)
+    "register",
+    [
+        "forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook", "state_dict_post_hook",
+        "load_state_dict_pre_hook",
+    ],
+)  # fmt: skip
 def test_a_layer_with_hooks_is_refused(register):
     layer = nn.Linear(D, V)
-    handle = getattr(layer, f"register_{register}")(lambda *_: None)
+    getattr(layer, f"register_{register}")(lambda *_: None)
     with pytest.raises(TypeError, match="from_linear takes a layer without hooks"):
         LogProbHead.from_linear(layer)
-    handle.remove()
-    LogProbHead.from_linear(layer)
 
 
 def test_a_head_of_a_head_is_a_head():
@@ -172,14 +213,6 @@ def test_resizing_the_vocabulary_of_a_model_keeps_its_head(size):
     assert model.lm_head(torch.randn(3, D), torch.tensor([0, 1, 2])).logp.shape == (3,)
 
 
-def test_a_layer_whose_weight_is_made_of_others_is_refused_and_left_alone_in_a_heads_place():
-    model, pruned = Model(), torch.nn.utils.prune.random_unstructured(nn.Linear(D, V), "weight", amount=0.5)
-    with pytest.raises(TypeError, match="merge its adapters or dequantise it first"):
-        LogProbHead.from_linear(pruned)
-    model.head = pruned
-    assert model.head is pruned
-
-
 class Cooler(LogProbHead):
     """A head with an option of its own."""
 
@@ -201,19 +234,51 @@ class Fixed(LogProbHead):
         return super().forward(hidden, targets, temperature=temperature)
 
 
+class Mixin:
+    """A forward that comes from beside."""
+
+    def forward(self, hidden, targets=None, *, temperature=0.5, **options):
+        return super().forward(hidden, targets, temperature=temperature, **options)
+
+
+class Mixed(Mixin, LogProbHead):
+    pass
+
+
 def cool(_, args, options):
     return args, {**options, "temperature": 0.5}
 
 
-@pytest.mark.parametrize("kind", [Cooler, Named, Fixed, LogProbHead])
+def cool_by_name(_, args, options):
+    return (), {"hidden": args[0], "targets": args[1], **options, "temperature": 0.5}
+
+
+def patched_head(*sizes):
+    head = LogProbHead(*sizes)
+    inner = head.forward
+    head.forward = lambda hidden, targets=None, temperature=0.5: inner(hidden, targets, temperature=temperature)
+    return head
+
+
+def hooked_head(hook):
+    def of(*sizes):
+        head = LogProbHead(*sizes)
+        head.register_forward_pre_hook(hook, with_kwargs=True)
+        return head
+
+    return of
+
+
+HOOKED = [hooked_head(cool), hooked_head(cool_by_name)]
+
+
+@pytest.mark.parametrize("kind", [Cooler, Named, Fixed, Mixed, patched_head, *HOOKED])
 def test_an_option_that_a_subclass_or_a_hook_adds_counts(kind):
     x = make_inputs(N, D, V, F32, "cpu")
     head = kind(D, V)
-    if kind is LogProbHead:
-        head.register_forward_pre_hook(cool, with_kwargs=True)
     want = linear_logprob(x.hidden, head.weight, x.targets, bias=head.bias, temperature=0.5).logp
     assert torch.equal(head(x.hidden, x.targets).logp, want)
-    if kind is not LogProbHead:
+    if kind not in HOOKED:
         warm = linear_logprob(x.hidden, head.weight, x.targets, bias=head.bias, temperature=2.0).logp
         assert torch.equal(head(x.hidden, x.targets, temperature=2.0).logp, warm)
 
@@ -256,6 +321,11 @@ def test_a_replaced_head_keeps_its_class_hooks_and_attributes():
     want = linear_logprob(x.hidden, larger.weight, x.targets, temperature=0.5).logp
     assert torch.equal(model.head(x.hidden, x.targets).logp, want)
     assert calls == [1]
+    model.head.register_forward_hook(lambda *_: calls.append(2))
+    model.head.register_buffer("own", torch.zeros(1))
+    head(x.hidden, x.targets)
+    assert calls == [1, 1]
+    assert "own" not in head.state_dict()
     assert head.weight.shape == (V, D)
     assert head.bias is not None
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import prime_kernels
 from benchmarks.harness import peak_memory
 from prime_kernels import gemm, linear_ppo_loss, linear_prm_loss, linear_token_loss, reference, set_workspace
 from prime_kernels import onepass as engine
@@ -111,6 +112,28 @@ def test_derivatives_further_apart_than_fp16_reaches_are_right_or_0(products_in_
     assert errors(found[1:], exact[1:])[0] <= 2 * torch.finfo(F16).eps
     for ours, right in zip(found[0].split(24), exact[0].split(24), strict=True):
         assert ((ours - right).abs() <= 2 * torch.finfo(F16).eps * right.abs().max() + 2.0**-24).all()
+
+
+@pytest.mark.parametrize("tau", [1e-3, 1e-5, 1e-7])
+@pytest.mark.parametrize("kind", ["loss", "entropy", "frozen"])
+def test_a_token_with_a_tiny_temperature_costs_the_others_no_precision_in_fp16(products_in_fp16, kind, tau):
+    x = make_inputs(32, 32, 2000, F16, "cpu", scale=3.0)
+    x.targets[0] = (x.hidden[0].float() @ x.weight.float().T).argmax()  # which it then is sure of
+    temperature = torch.ones(32)
+    temperature[0] = tau
+
+    def dx(op, hidden, weight):
+        leaf = hidden.detach().requires_grad_()
+        more = {"temperature": temperature.to(F64 if hidden.dtype is F64 else F32)}
+        if kind == "frozen":
+            loss = op.linear_logprob(leaf, weight, x.targets, **more).logp.sum()
+        else:
+            weight, fn = weight.detach().requires_grad_(), lambda logp, h: -logp if h is None else -logp - h
+            loss = op.linear_token_loss(leaf, weight, x.targets, fn, entropy=kind == "entropy", **more).loss
+        return torch.autograd.grad(loss, leaf)[0].double()[1:]
+
+    exact = dx(reference, x.hidden.double(), x.weight.double())
+    assert errors([dx(prime_kernels, x.hidden, x.weight)], [exact])[0] <= 2 * torch.finfo(F16).eps
 
 
 def test_an_infinite_derivative_in_fp16_is_no_plausible_gradient(products_in_fp16):

@@ -38,8 +38,9 @@ def test_strategy_refuses_what_no_kernel_takes():
         choose_strategy("cuda", arch=90, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match=r"backend='fused' takes hidden of bfloat16 or float16, got torch.float32"):
         choose_strategy("fused", arch=90, dtype=torch.float32)
-    with pytest.raises(ValueError, match=r"backend='fused' needs a GPU of sm_80 or newer, got sm_75"):
-        choose_strategy("fused", arch=75, dtype=torch.float16)
+    for backend in ("triton", "chunked", "fused"):
+        with pytest.raises(ValueError, match=rf"backend='{backend}' needs a GPU of sm_80 or newer, got sm_75"):
+            choose_strategy(backend, arch=75, dtype=torch.float16)
     with pytest.raises(ValueError, match=r"backend='triton' takes .* got torch.float64; use backend='torch'"):
         choose_strategy("triton", arch=90, dtype=torch.float64)
 
@@ -98,6 +99,13 @@ def test_blocks_cover_a_range_once_and_in_order(total, size):
     covered = [i for start, stop in blocks(total, size) for i in range(start, stop)]
     assert covered == list(range(total))
     assert all(stop - start <= size for start, stop in blocks(total, size))
+
+
+@pytest.mark.parametrize("arch", [101, 103, 110])
+def test_a_relative_of_sm_100_has_its_settings(arch):
+    for bias in (False, True):
+        ours, its = (plan.exponentials_settings(a, bias=bias, softcap=False) for a in (arch, 100))
+        assert ours == its
 
 
 @pytest.mark.parametrize("arch", [0, 80, 86, 89, 90, 100, 103, 120])

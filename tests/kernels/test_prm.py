@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from prime_kernels import implicit_reward, linear_logprob, linear_prm_loss, prm_loss, reference, set_workspace
+from prime_kernels import implicit_reward, linear_logprob, linear_prm_loss, prm, prm_loss, reference, set_workspace
 from prime_kernels.onepass import aligned_chunks
 from tests.kernels.test_ppo import GIVEN
 from tests.support.oracle import BF16, F32, F64, RUNS, RUNS_BY_DTYPE, assert_loss_exact, make_inputs, run_loss
@@ -273,6 +273,21 @@ def test_bad_input_is_refused_by_name(changes, error, message):
 def test_no_tokens_have_no_rewards(device, backend):
     nothing = torch.zeros(0, device=device)
     assert implicit_reward(nothing, nothing, backend=backend).shape == (0,)
+
+
+@pytest.mark.parametrize("outcome", [torch.nan, torch.inf, -torch.inf, 2.0, -1.0])
+@pytest.mark.parametrize("kind", ["ce", "dpo"])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_an_outcome_that_nobody_looked_at_is_nan_where_it_is_none(backend, kind, outcome, monkeypatch):
+    """On CUDA the host does not look."""
+    monkeypatch.setattr(prm, "may_read", lambda t: False)
+    logp, bounds = torch.randn(50).requires_grad_(), torch.tensor([0, 20, 50])
+    outcomes, groups = torch.tensor([outcome, 1.0]), torch.zeros(2)
+    out = prm_loss(logp, torch.randn(50), bounds, outcomes, kind=kind, group_ids=groups, backend=backend)
+    out.loss.backward()
+    assert out.loss.isnan()
+    assert logp.grad is not None
+    assert logp.grad[:20].isnan().all()
 
 
 @pytest.mark.parametrize("name", ["mask", "outcomes"])

@@ -48,7 +48,7 @@ def test_boundaries_are_read_from_the_device_where_chunks_are_cut_and_not_in_a_c
     bounds, tokens = torch.empty(5, dtype=torch.int64, device="meta"), torch.empty(T, device="meta")
     with pytest.raises(NotImplementedError, match="no data"):
         Sequences.of(bounds, tokens, read=True)
-    monkeypatch.setattr(module, "_capturing", lambda device: True)
+    monkeypatch.setattr(module, "is_captured", lambda device: True)
     assert Sequences.of(bounds, tokens, read=True).host is None
 
 
@@ -71,7 +71,7 @@ def test_what_else_a_captured_graph_would_read_from_the_host_is_refused_by_name(
 
 
 def test_plain_torch_says_that_no_captured_graph_can_hold_its_sums(monkeypatch):
-    monkeypatch.setattr(module, "_capturing", lambda device: True)
+    monkeypatch.setattr(module, "is_captured", lambda device: True)
     with pytest.raises(ValueError, match="backend='torch' sums sequences on the host"):
         Sequences(torch.tensor(BOUNDS), None, None).sums(torch.ones(T))
 

@@ -78,6 +78,31 @@ def test_a_hidden_size_of_0_makes_every_token_as_likely(backend, dtype):
     out.logp.sum().backward()
     torch.testing.assert_close(out.logp, torch.full((3,), -math.log(5)))
     torch.testing.assert_close(out.entropy, torch.full((3,), math.log(5)))
+    args, one = (hidden, weight, torch.tensor([0, 1, 4])), torch.ones(3)
+    for found in (
+        linear_ppo_loss(*args, -one, one, one, backend=backend).logp,
+        linear_token_loss(*args, lambda logp, _: -logp, backend=backend).logp,
+        linear_prm_loss(*args, 0 * one, torch.tensor([0, 3]), one[:1], beta=1.0, backend=backend).reward,
+    ):
+        torch.testing.assert_close(found, torch.full((3,), -math.log(5)))
+
+
+@pytest.mark.parametrize(("device", "backend"), RUNS)
+def test_a_tensor_that_is_the_negative_of_its_memory_is_read_as_what_it_is(device, backend):
+    x = make_inputs(N, D, V, BF16, device, bias=True)
+    tau = torch.rand(N, device=device) + 0.5
+
+    def losses(negative):
+        def of(t):
+            return torch._neg_view(-t) if negative else t
+
+        args, more = (of(x.hidden), of(x.weight), x.targets), {"bias": of(x.bias), "temperature": of(tau)}
+        yield linear_token_loss(*args, lambda logp, _, a: -a * logp, (of(x.dlogp),), backend=backend, **more).loss
+        rows = (of(x.dlogp), of(x.dlogp), of(x.dentropy))
+        yield linear_ppo_loss(*args, *rows, backend=backend, **more).loss
+
+    for ours, want in zip(losses(True), losses(False), strict=True):
+        assert torch.equal(ours, want)
 
 
 def test_the_default_device_is_none_of_the_ops_business():

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+from benchmarks.harness import peak_memory
 from benchmarks.scratch import measure, measure_tensors
+from prime_kernels import linear_ppo_loss, set_workspace
 from prime_kernels.workspace import MIB
 from tests.support.oracle import BF16, F32, F64
 
@@ -39,6 +41,26 @@ def test_numbers_of_fp64_are_counted_as_such(N, D, V, step, op):
     strided = hidden[:, ::step], weight[:, ::step]
     scratch = measure_tensors(*strided, backend="torch", workspace=4 * MIB, op=op)
     assert scratch.bounded, scratch
+
+
+@pytest.mark.parametrize("dtype", [F32, F64])
+def test_what_a_loss_has_of_each_token_is_counted(dtype):
+    """More tokens than columns, in two passes: PPO with every option, on all tokens together."""
+    N, rows = 50_000, torch.rand(9, 50_000, dtype=dtype)
+    hidden, weight = torch.randn(N, 8, dtype=dtype), torch.randn(16, 8, dtype=dtype).requires_grad_()
+    targets, workspace = torch.randint(16, (N,)), 6 * MIB * (2 if dtype is F64 else 1)
+
+    def loss():
+        return linear_ppo_loss(
+            hidden, weight, targets, -rows[0], rows[1], rows[2], ref_logp=-rows[3], importance=rows[4],
+            temperature=0.7, kl_coef=0.1, entropy_coef=0.1, dual_clip=3.0, backend="torch",
+        )  # fmt: skip
+
+    set_workspace(workspace)
+    assert 0 < peak_memory(loss, torch.device("cpu")).scratch <= workspace
+    set_workspace(workspace // 2)
+    with pytest.raises(ValueError, match="is too small for 50000 tokens"):
+        loss()
 
 
 def test_kernels_work_in_the_memory_the_plan_counts():
