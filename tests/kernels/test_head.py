@@ -241,7 +241,7 @@ class Mixin:
         return super().forward(hidden, targets, temperature=temperature, **options)
 
 
-class Mixed(Mixin, LogProbHead):
+class Mixed(Mixin, LogProbHead):  # type: ignore[misc]
     pass
 
 

@@ -5,7 +5,7 @@ import torch
 
 from benchmarks.harness import peak_memory
 from benchmarks.scratch import measure, measure_tensors
-from prime_kernels import linear_ppo_loss, set_workspace
+from prime_kernels import linear_ppo_loss, onepass, set_workspace
 from prime_kernels.workspace import MIB
 from tests.support.oracle import BF16, F32, F64
 
@@ -44,11 +44,11 @@ def test_numbers_of_fp64_are_counted_as_such(N, D, V, step, op):
 
 
 @pytest.mark.parametrize("dtype", [F32, F64])
-def test_what_a_loss_has_of_each_token_is_counted(dtype):
-    """More tokens than columns, in two passes: PPO with every option, on all tokens together."""
+def test_what_a_loss_has_of_each_token_is_counted(dtype, monkeypatch):
+    """Many tokens and few columns: PPO with every option, in one pass, in two, or refused."""
     N, rows = 50_000, torch.rand(9, 50_000, dtype=dtype)
     hidden, weight = torch.randn(N, 8, dtype=dtype), torch.randn(16, 8, dtype=dtype).requires_grad_()
-    targets, workspace = torch.randint(16, (N,)), 6 * MIB * (2 if dtype is F64 else 1)
+    targets, size = torch.randint(16, (N,)), MIB * (2 if dtype is F64 else 1)
 
     def loss():
         return linear_ppo_loss(
@@ -56,9 +56,13 @@ def test_what_a_loss_has_of_each_token_is_counted(dtype):
             temperature=0.7, kl_coef=0.1, entropy_coef=0.1, dual_clip=3.0, backend="torch",
         )  # fmt: skip
 
-    set_workspace(workspace)
-    assert 0 < peak_memory(loss, torch.device("cpu")).scratch <= workspace
-    set_workspace(workspace // 2)
+    for workspace in (3 * size, 6 * size):
+        set_workspace(workspace)
+        assert 0 < peak_memory(loss, torch.device("cpu")).scratch <= workspace
+    monkeypatch.setattr(onepass, "plan_one_pass", lambda *_, **__: onepass.OnePass(rows=0, cols=16, passes=2))
+    set_workspace(6 * size)
+    assert 0 < peak_memory(loss, torch.device("cpu")).scratch <= 6 * size
+    set_workspace(2 * size)
     with pytest.raises(ValueError, match="is too small for 50000 tokens"):
         loss()
 
