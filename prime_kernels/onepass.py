@@ -36,17 +36,13 @@ from . import gemm
 from .constants import HAS_TRITON
 from .devices import flop_per_byte
 from .operators import Derivative, Saved, is_shape_only
-from .plan import TRITON_DTYPES, OnePass, blocks, plan_one_pass, plan_tiling
+from .plan import LOSS_NUMBERS, TRITON_DTYPES, OnePass, blocks, plan_one_pass, plan_tiling
 from .sweep import sweep_backward, sweep_forward
 from .tiles import Head, LogitTiles, RowGrads, Rows, RowStats, Tiles
 
 # Given which tokens and their results, returns ∂loss/∂logp [n] and ∂loss/∂entropy [n] or None. Called with slices
 # that cover every token once.
 Epilogue = Callable[[slice, RowStats], tuple[Tensor, Tensor | None]]
-
-
-# Numbers of a token at once where the epilogue sees all tokens together: PPO's terms with all of their options.
-LOSS_NUMBERS = 24
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

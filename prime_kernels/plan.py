@@ -24,6 +24,8 @@ MAX_TILE_ROWS = 8192
 # Fewer columns than this starve a GEMM of parallelism, so the tokens of a tile are halved first.
 GOOD_TILE_COLS = 2048
 MIN_TILE_ROWS, MIN_TILE_COLS = 16, 16
+# Numbers that a loss has of each token where its epilogue sees all tokens together: PPO's with all of its options.
+LOSS_NUMBERS = 24
 
 
 def choose_strategy(

@@ -7,7 +7,7 @@ N response tokens, D hidden size, V vocabulary. On CUDA the strategy is "chunked
 import torch
 
 from prime_kernels.devices import CPU_FLOP_PER_BYTE, GPU_FLOP_PER_BYTE
-from prime_kernels.plan import Tiling, plan_one_pass, plan_tiling
+from prime_kernels.plan import LOSS_NUMBERS, Tiling, plan_one_pass, plan_tiling
 from prime_kernels.workspace import logprob_workspace, one_pass_workspace
 
 
@@ -31,7 +31,10 @@ def loss_bytes(N: int, D: int, V: int, *, dtype: torch.dtype, cuda: bool, traine
         if copies:  # of hidden states all the while, of the weight while the logits are still one tensor
             logits = max(logits, plan.rows * V * 4 + 4 * D * plan.cols) + 4 * D * plan.rows
         return stored + max(logits + plan.rows * 112 + N * 48, rounded)
-    tiling = plan_tiling(N, D, V, workspace=one_pass_workspace(), bytes_per_logit=per_logit, half=False, copies=copies)
+    tiling = plan_tiling(
+        N, D, V, workspace=one_pass_workspace(), bytes_per_logit=per_logit, half=False, copies=copies,
+        per_token=LOSS_NUMBERS,
+    )  # fmt: skip
     scratch = 4 * D * tiling.rows + _tile_bytes(tiling, N, D, per_logit, copies)
     return stored + max(scratch, rounded)
 
