@@ -90,7 +90,7 @@ class LogProbHead(nn.Linear):
         if not _computes_linear(linear):
             raise TypeError(
                 f"from_linear takes a layer that computes what nn.Linear does, got {type(linear).__module__}."
-                f"{type(linear).__name__}: merge its adapters or dequantise it first"
+                f"{type(linear).__name__}: merge its adapters, dequantise it, or make weight and bias parameters first"
             )
         if _has_hooks(linear):
             raise TypeError(

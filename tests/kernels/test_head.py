@@ -156,7 +156,7 @@ MADE_OF_OTHERS = [with_bias_buffer, with_parametrised("bias"), with_parametrised
 @pytest.mark.parametrize("change", MADE_OF_OTHERS)
 def test_a_layer_whose_parameters_are_made_of_others_is_refused_and_left_alone_in_a_heads_place(change):
     model, layer = Model(), change(nn.Linear(D, V))
-    with pytest.raises(TypeError, match="merge its adapters or dequantise it first"):
+    with pytest.raises(TypeError, match="merge its adapters, dequantise it, or make weight"):
         LogProbHead.from_linear(layer)
     model.head = layer
     assert model.head is layer
