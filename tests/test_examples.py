@@ -50,6 +50,7 @@ def test_log_probs_example_errs_less_than_full_logits():
     assert "9,496 MiB with 16,384 tokens" in said
 
 
+@pytest.mark.slow
 def test_grpo_example_learns():
     rewards = numbers(r"reward #", printed("2_grpo.py"))
     assert rewards[0] < 0.2
@@ -131,6 +132,7 @@ def test_vllm_example_prints_responses_and_log_probs_of_a_server(tmp_path):
     assert "17+5-3+4" in said
 
 
+@pytest.mark.slow
 def test_two_processes_example_agrees_with_one_process():
     said = printed("8_two_processes.py")
     shares = re.findall(r"process \d of 2: (\d+) of (\d+) response tokens, ([\d,]+) of ([\d,]+) weights", said)

@@ -68,7 +68,9 @@ def test_every_op_has_ours_eager_and_a_compiled_provider():
 
 
 @pytest.mark.parametrize("op", cases.OPS)
-@pytest.mark.parametrize("name", ["ours-torch", "ours-chunked", "eager", "chunked-eager"])
+@pytest.mark.parametrize(
+    "name", ["ours-torch", pytest.param("ours-chunked", marks=pytest.mark.slow), "eager", "chunked-eager"]
+)
 def test_ours_and_plain_torch_agree_with_the_oracle(op, name):
     case = replace(SMALL, op=op)
     chosen = providers_of(case, (name,))

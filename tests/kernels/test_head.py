@@ -383,6 +383,7 @@ def test_activation_checkpointing_gives_the_same_gradients(which):
         torch.testing.assert_close(a.grad, b.grad)
 
 
+@pytest.mark.slow
 def test_works_inside_a_compiled_model():
     plain, compiled = Model(), Model()
     plain(batch(0), "ppo").backward()

@@ -70,10 +70,10 @@ def test_head_options_and_ignored_tokens(device, backend):
 
 @pytest.mark.parametrize(("device", "backend", "dtype"), RUNS_BY_DTYPE)
 def test_chunks_change_results_by_rounding_only(device, backend, dtype):
-    x = make_inputs(90, 16, 301, dtype, device, bias=True)
+    x = make_inputs(60, 16, 301, dtype, device, bias=True)
     A = tokens(x)
     whole = run_loss(linear_token_loss, x, with_entropy_bonus, A, backend=backend, entropy=True)
-    for workspace in (400_000, 60_000):
+    for workspace in (130_000, 48_000):  # several chunks in one pass: in the first plain torch, in the second kernels
         set_workspace(workspace)
         got = run_loss(linear_token_loss, x, with_entropy_bonus, A, backend=backend, entropy=True)
         for name, value in whole.items():

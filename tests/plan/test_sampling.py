@@ -41,7 +41,8 @@ def sampled(
         (64, 4, 500, 64, 64, (4, 8), (40, 0), 1.0),  # the cache matters most
         (64, 4, 500, 64, 64, (4, 8), (40, 0), 0.004),  # and bounds the rows
         (64, 2, 32000, 16, 16, (4, 8), (40, 4), 1.0),  # the logits do
-        (256, 2, 500, 512, 8, (32, 2), (40, 0), 1.0),  # the prompts do, in several pieces
+        # the prompts do, in several pieces
+        pytest.param(256, 2, 500, 512, 8, (32, 2), (40, 0), 1.0, marks=pytest.mark.slow),
         (128, 2, 500, 256, 8, (16, 2), (8, 0), 1.0),  # and in one
     ],
 )

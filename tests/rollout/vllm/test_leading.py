@@ -155,6 +155,7 @@ def led(events: Path) -> list[object]:
     return found
 
 
+@pytest.mark.slow
 def test_whatever_servers_take_longer_for_than_processes_wait_is_waited_for_by_all(tmp_path):
     leader, other = run_ranks(2, led, tmp_path / "events")
     assert leader == [7, "sampled", "sampled", "no rest"]
