@@ -160,11 +160,10 @@ def _keep_heads() -> None:
 
 def _computes_linear(layer: nn.Module) -> bool:
     """Whether a layer does what `nn.Linear` does with a weight of its own, but for its hooks."""
-    methods = [(getattr(type(layer), name, None), name) for name in ("forward", "__call__")]
-    own = isinstance(layer, nn.Linear) and all(
-        method in (getattr(nn.Linear, name), getattr(LogProbHead, name)) for method, name in methods
-    )
-    return own and "forward" not in vars(layer) and _has_parameters(layer)
+    if not isinstance(layer, nn.Linear) or "forward" in vars(layer) or not _has_parameters(layer):
+        return False
+    kind = type(layer)
+    return any(kind.forward is of.forward and kind.__call__ is of.__call__ for of in (nn.Linear, LogProbHead))
 
 
 def _has_parameters(layer: nn.Module) -> bool:

@@ -29,14 +29,14 @@ def keeps_exponentials(
         return False
     if hidden.dim() != 2 and not hidden.is_contiguous():
         return False
+    (V, D), N = weight.shape, hidden.shape[:-1].numel()
     strategy = one_pass_strategy(
-        strategy_for(hidden.view(hidden.shape[:-1].numel(), hidden.shape[-1]), backend, weight),
+        strategy_for(hidden.view(N, D), backend, weight),
         dtype=hidden.dtype, softcap=softcap, entropy_gradient=entropy_gradient,
     )  # fmt: skip
-    V, D = weight.shape
     itemsize = gemm.operand(hidden[:0]).dtype.itemsize
     return strategy == "fused" and exponentials_fit(
-        hidden.shape[:-1].numel(), D, V, itemsize=itemsize, workspace=one_pass_workspace()
+        N, D, V, itemsize=itemsize, workspace=one_pass_workspace()
     )  # fmt: skip
 
 

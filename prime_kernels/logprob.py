@@ -225,7 +225,7 @@ def linear_logprob(
     Raises:
         TypeError, ValueError: an argument's type, dtype, shape, device or value is off; the message names it. Target
             ids and per-token temperatures are looked at on a CPU, and on CUDA under PRIME_KERNELS_CHECK=1; else a
-            target outside the vocabulary or a temperature ≤ 0 makes that token's results NaN.
+            target outside the vocabulary or a temperature ≤ 0 or infinite makes that token's results NaN.
         RuntimeError: a second derivative is asked for. NotImplementedError: a forward-mode one, or one of torch.func.
     """
     head = head_arguments(

@@ -245,7 +245,8 @@ def exponentials_settings(arch: int, *, bias: bool, softcap: bool) -> GemmSettin
 
     On sm_100 the next smaller tile, as the largest one's epilogue has registers for a gradient alone.
     """
-    return of_architecture(FUSED, arch)[2 if softcap or (bias and 100 <= arch < 120) else int(100 <= arch < 120)]
+    smaller = 100 <= arch < 120
+    return of_architecture(FUSED, arch)[2 if softcap or (bias and smaller) else int(smaller)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -84,9 +84,8 @@ def _sequence_terms(
         logits = sequences.sums(reward)
         logits = logits + logits * 0  # NaN of an infinite reward: a sigmoid must not turn that into a number
     if not use_triton or group_ids is not None:
-        outcomes = torch.where(
-            (outcomes >= 0) & (outcomes <= 1), outcomes, torch.nan
-        )  # those on a device were not read
+        # Those on a device were not read.
+        outcomes = torch.where((outcomes >= 0) & (outcomes <= 1), outcomes, torch.nan)
         if group_ids is None:
             loss = softplus(-logits.abs()) + logits.clamp(min=0) - logits * outcomes
             dlogit = logits.sigmoid() - outcomes

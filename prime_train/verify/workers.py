@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from math import inf
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import BaseContext
+from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -42,12 +42,12 @@ class Stopped(Exception):
 
 
 class Workers:
-    """`count` processes that call `work(argument)`, which must not raise, on one task at a time.
+    """`count` processes that call `work(argument)`, which must neither raise nor return None, on one task at a time.
 
     A process that is killed or dies is replaced. The time that one takes to start is no task's.
     """
 
-    def __init__(self, count: int, work: Callable[[Any], Any], context: BaseContext) -> None:
+    def __init__(self, count: int, work: Callable[[Any], Any], context: ForkServerContext) -> None:
         self._work, self._context = work, context
         self._workers = [self._start() for _ in range(count)]
 
@@ -86,7 +86,7 @@ class Workers:
 
     def _start(self) -> "_Worker":
         pipe, far_end = self._context.Pipe()
-        process = self._context.Process(target=_serve, args=(far_end, self._work), daemon=False)  # type: ignore[attr-defined]
+        process = self._context.Process(target=_serve, args=(far_end, self._work))
         process.start()
         far_end.close()
         return _Worker(process, pipe)
