@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from prime_kernels import constants, plan
-from prime_kernels.kernels import exponentials, fused, losses, rows
+from prime_kernels.kernels import exponentials, fused, losses, rows, scaling
 
 Constants = Mapping[str, int | None]
 
@@ -138,14 +138,26 @@ def _loss_cases() -> list[Case]:
             if "bounds_ptr" in arguments:
                 narrow = arguments | {"bounds_ptr": "*i32"}
                 found.append(_case(name, f"{variant}, int32", fn, narrow, types, none, block, num_warps=4))
-    return found + [_scale_case(dtype) for dtype in ("fp32", "bf16", "fp16")]
+    return found + [_scale_case(dtype) for dtype in ("fp32", "bf16", "fp16")] + _scale_rows_cases()
 
 
 def _scale_case(dtype: str) -> Case:
     """In place for fp32, rounded to another tensor for others."""
     arguments = {"x_ptr": "*fp32", "factor_ptr": "*fp32", "out_ptr": f"*{dtype}", "numel": "i32"}
-    constants = {"IN_PLACE": dtype == "fp32", "BLOCK": losses.SCALE_BLOCK}
-    return Case("scale", dtype, losses.scale_kernel, arguments, constants, num_warps=4)
+    constants = {"IN_PLACE": dtype == "fp32", "BLOCK": scaling.SCALE_BLOCK}
+    return Case("scale", dtype, scaling.scale_kernel, arguments, constants, num_warps=4)
+
+
+def _scale_rows_cases() -> list[Case]:
+    """Hidden states and their gradient, when the upstream gradient is known; a chunk's before that."""
+    shared = {"factor_ptr": "*fp32", "stride_x": "i32", "stride_out": "i32", "D": "i32"}
+    block = {"BLOCK": scaling.SCALE_COLUMNS}
+    found = []
+    for variant, source, target in (("states", "bf16", "bf16"), ("gradient", "fp32", "bf16"), ("sums", "fp32", "fp32")):
+        types = {"x_ptr": f"*{source}", "out_ptr": f"*{target}"} | shared
+        types, none = (types, {"upstream_ptr": None}) if variant == "sums" else (types | {"upstream_ptr": "*fp32"}, {})
+        found.append(_case("scale_rows", variant, scaling.scale_rows_kernel, types, {}, none, block, num_warps=4))
+    return found
 
 
 def _gemm(settings: plan.GemmSettings, dtype: str = "bf16") -> tuple[dict[str, str], Constants]:

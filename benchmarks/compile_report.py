@@ -53,7 +53,7 @@ PER_LOGIT: dict[str, dict[str, float]] = {
         "softcap": 62.5, "all options": 73.5,
     },
 }  # fmt: skip
-LOSSES = ("ppo", "prm", "reward", "scale")
+LOSSES = ("ppo", "prm", "reward", "scale", "scale_rows")
 STORES_TILES = ("fused_dlogits", "exponentials")
 # Bytes on the stack that a version of Triton may take where others keep all in registers. An H100's tile stays as it
 # was measured under 3.6: the next smaller one takes 1.4 times as long.

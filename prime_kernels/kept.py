@@ -14,10 +14,10 @@ from torch import Tensor
 
 from . import gemm
 from .calls import HeadCall, strategy_for, working_on
-from .onepass import Epilogue, give_away
+from .onepass import Epilogue, give_away, scale_rows
 from .operators import Derivative, Saved, is_shape_only
 from .plan import exponentials_fit, one_pass_strategy
-from .tiles import Head, LogitTiles, RowGrads, Rows, Tiles, alive, empty_rows
+from .tiles import Head, LogitTiles, RowGrads, Rows, Tiles, empty_rows
 from .workspace import one_pass_workspace
 
 
@@ -65,17 +65,17 @@ def gradients_of_exponentials(
 ) -> dict[str, Tensor]:  # fmt: skip
     """Gradients of hidden [..., D], weight [V, D] and bias [V], those that are needed, in the dtype of hidden."""
     found = {}
-    dead, v, D = factor == 0, factor * upstream, hidden.shape[-1]
+    n, D = len(factor), hidden.shape[-1]
     with working_on(hidden):
         if need_dw:
-            rows = alive(gemm.operand(hidden.reshape(len(v), D)), dead, factor=v)
+            rows = scale_rows(gemm.operand(hidden.reshape(n, D)), factor, upstream=upstream)
             found["weight"] = gemm.mm(e.t(), rows, out=torch.empty_like(weight))
         if need_dbias:
-            found["bias"] = gemm.column_sums(e, factor.dtype, v).to(hidden.dtype)
+            found["bias"] = gemm.column_sums(e, factor.dtype, factor * upstream).to(hidden.dtype)
         if need_dh:
-            dh = gemm.mm(e, gemm.operand(weight), out=factor.new_empty(len(factor), D))
-            dh.mul_(v[:, None]).masked_fill_(dead[:, None], 0)
-            found["hidden"] = dh.to(hidden.dtype).view(hidden.shape)
+            dh = gemm.mm(e, gemm.operand(weight), out=factor.new_empty(n, D))
+            dh = scale_rows(dh, factor, out=hidden.new_empty(n, D), upstream=upstream)
+            found["hidden"] = dh.view(hidden.shape)
     return found
 
 

@@ -245,7 +245,11 @@ class GradientSums:
             total = gemm.column_sums(dz, found.bias.dtype, factor)
             found.bias.add_(total) if self.started else found.bias.copy_(total)
         if of_weight:
-            block = block.without(dead, room=self._room(block, dh), factor=factor)
+            room = self._room(block, dh)
+            if factor is None:
+                block = block.without(dead, room)
+            else:
+                block = replace(block, hidden=scale_rows(block.hidden, factor, out=room))
             for c0, c1 in blocks(V, col_step):
                 if self.started:
                     gemm.addmm(found.weight[c0:c1], dz[:, c0:c1].t(), block.hidden)
@@ -259,7 +263,7 @@ class GradientSums:
                 for c0, c1 in blocks(V, col_step):
                     gemm.addmm(dh, dz[:, c0:c1], head[c0:c1].weight)
             if factor is not None:
-                dh.mul_(factor[:, None]).masked_fill_(dead[:, None], 0)
+                scale_rows(dh, factor, out=dh)
         self.started = at.stop
 
     def _room(self, block: Rows, dh: Tensor | None) -> Tensor | None:
@@ -287,14 +291,28 @@ def rescale(t: Tensor, factor: Tensor, dtype: torch.dtype | None = None) -> Tens
     """
     out = t if dtype in (None, t.dtype) else torch.empty_like(t, dtype=dtype)
     if t.is_cuda and HAS_TRITON and t.dtype in TRITON_DTYPES:
-        from .kernels import losses
+        from .kernels import scaling
 
         with torch.cuda.device(t.device):
-            losses.scale(t, factor, out)
+            scaling.scale(t, factor, out)
         return out
     if t.is_cuda or factor != 1:
         t.mul_(factor)
     return t if out is t else out.copy_(t)
+
+
+def scale_rows(t: Tensor, factor: Tensor, out: Tensor | None = None, upstream: Tensor | None = None) -> Tensor:
+    """t [n, D] times a factor of each row [n] and a number; 0 where the factor is, whatever a row holds.
+
+    What strategy "fused" has computed, so that Triton is there; a graph that is traced gets a plain product.
+    """
+    out = torch.empty_like(t) if out is None else out
+    if is_shape_only(t, factor):
+        scaled = t * (factor if upstream is None else factor * upstream)[:, None]
+        return out.copy_(scaled.masked_fill(factor[:, None] == 0, 0))
+    from .kernels import scaling
+
+    return scaling.scale_rows(t, factor, out, upstream)
 
 
 def give_away(state: dict[str, Any]) -> None:

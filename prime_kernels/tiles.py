@@ -29,23 +29,15 @@ class Rows:
         temperature = None if self.temperature is None else self.temperature[at]
         return Rows(hidden=gemm.operand(self.hidden[at]), codes=self.codes[at], temperature=temperature)
 
-    def without(self, dead: Tensor, room: Tensor | None = None, factor: Tensor | None = None) -> "Rows":
+    def without(self, dead: Tensor, room: Tensor | None = None) -> "Rows":
         """These tokens, the hidden states of dead ones 0: in dW = dZᵀ·X their dZ is 0, but 0·NaN would be NaN.
 
         The copy lies in `room` where that is given, which may be the states' own memory where they are a copy already.
-        A `factor` of each row [n] is applied.
         """
-        return replace(self, hidden=alive(self.hidden, dead, room, factor))
-
-
-def alive(hidden: Tensor, dead: Tensor, room: Tensor | None = None, factor: Tensor | None = None) -> Tensor:
-    """`Rows.without` for hidden states [n, D] alone."""
-    room = torch.empty_like(hidden) if room is None else room
-    if factor is not None:
-        torch.mul(hidden, factor[:, None], out=room)
-    elif room is not hidden:
-        room.copy_(hidden)
-    return room.masked_fill_(dead[:, None], 0)
+        room = torch.empty_like(self.hidden) if room is None else room
+        if room is not self.hidden:
+            room.copy_(self.hidden)
+        return replace(self, hidden=room.masked_fill_(dead[:, None], 0))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -88,9 +88,13 @@ def exponentials_kernel(
                 bias = tl.load(bias_ptr + col0 + offs_v)
             bias = bias.to(tl.float32)[None, :]
         z = head_logit(x, bias, scale, softcap)
-        is_target = offs_v[None, :] == (label - col0)[:, None]
-        target = tl.sum(tl.where(is_target, z, 0.0), axis=1)
-        z = tl.where(is_target, float("-inf"), z)
+        column = label - col0
+        target = tl.zeros((BLOCK_N,), tl.float32)
+        # One tile in five has a target of its rows; the others' logits are not compared with any.
+        if tl.max(((column >= 0) & (column < BLOCK_V)).to(tl.int32), axis=0) > 0:
+            is_target = offs_v[None, :] == column[:, None]
+            target = tl.sum(tl.where(is_target, z, 0.0), axis=1)
+            z = tl.where(is_target, float("-inf"), z)
         if RAGGED:
             z = tl.where((offs_v < V - col0)[None, :], z, float("-inf"))
         k = tl.load(offset_ptr + offs_n, mask=inside_n, other=0.0)

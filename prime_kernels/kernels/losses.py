@@ -3,7 +3,6 @@
 1. `ppo`     one thread a token: ratio, clips, entropy bonus, KL, the derivatives, and partial statistics a program
 2. `prm`     one program a sequence: implicit rewards, their sum, cross-entropy with the outcome, the derivative
 3. `reward`  one program a sequence: implicit rewards, summed over steps or not
-4. `scale`   multiplies by a number on the device and rounds; in place it reads nothing more where that is 1
 """
 
 import triton
@@ -13,9 +12,7 @@ from torch import Tensor
 from ..constants import PPO_STATS
 from .common import log1p
 
-PPO_BLOCK, SEQUENCE_BLOCK, SCALE_BLOCK = 512, 1024, 4096
-# Eight a processor of the largest GPUs keep its memory busy; a factor of 1 is read by no more.
-SCALE_PROGRAMS = 1056
+PPO_BLOCK, SEQUENCE_BLOCK = 512, 1024
 
 
 @triton.jit
@@ -177,18 +174,6 @@ def reward_kernel(
         tl.store(reward_ptr + offs, r, mask=inside)
 
 
-@triton.jit
-def scale_kernel(x_ptr, factor_ptr, out_ptr, numel, IN_PLACE: tl.constexpr, BLOCK: tl.constexpr):
-    factor = tl.load(factor_ptr)
-    if (not IN_PLACE) | (factor != 1.0):
-        first = tl.program_id(0).to(tl.int64) * BLOCK
-        step = tl.num_programs(0).to(tl.int64) * BLOCK
-        for start in range(first, numel, step):
-            offs = start + tl.arange(0, BLOCK)
-            x = tl.load(x_ptr + offs, mask=offs < numel, other=0.0)
-            tl.store(out_ptr + offs, (x * factor).to(out_ptr.dtype.element_ty), mask=offs < numel)
-
-
 def ppo(
     logp: Tensor, entropy: Tensor | None, old_logp: Tensor, advantages: Tensor, token_weight: Tensor,
     ref_logp: Tensor | None, importance: Tensor | None, clip_low: float, clip_high: float, dual_clip: float | None,
@@ -239,12 +224,3 @@ def reward(
         prm_logp, ref_logp, mask, bounds, step_ends, out, beta, EACH=each, BLOCK=SEQUENCE_BLOCK, num_warps=4
     )
     return out
-
-
-def scale(x: Tensor, factor: Tensor, out: Tensor) -> None:
-    """out = x·factor, rounded once; x is contiguous fp32, factor a number on the device, and out may be x."""
-    if x.numel():
-        programs = min(triton.cdiv(x.numel(), SCALE_BLOCK), SCALE_PROGRAMS)
-        scale_kernel[(programs,)](
-            x, factor, out, x.numel(), IN_PLACE=out.data_ptr() == x.data_ptr(), BLOCK=SCALE_BLOCK, num_warps=4
-        )
