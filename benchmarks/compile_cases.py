@@ -99,7 +99,7 @@ def _row_cases(
     """`row_stats`, and `row_dlogits` with gradients of `dtype`."""
     shared = {"x_ptr": "*fp32", "code_ptr": "*i64", "stride_xn": "i32", "col0": "i32", "V": "i32"}
     stats = shared | {"state_ptr": "*fp32", "stride_state": "i32"}
-    grads = shared | dict.fromkeys(("max_ptr", "logsum_ptr", "dlogp_ptr", "others_ptr"), "*fp32")
+    grads = shared | dict.fromkeys(("max_ptr", "logsum_ptr", "dlogp_ptr", "target_ptr"), "*fp32")
     grads |= {"dx_ptr": f"*{dtype}", "stride_dn": "i32"}
     logit_bits = 32 + (BITS[types["bias_ptr"]] if "bias_ptr" in types else 0)
     found = []
@@ -179,7 +179,7 @@ def _dlogits_case(
 ) -> Case:
     settings = plan.dlogits_settings(arch, entropy="dentropy_ptr" in types, softcap="softcap" in types)
     arguments, constants = _gemm(settings, dtype)
-    arguments |= dict.fromkeys(("max_ptr", "logsum_ptr", "dlogp_ptr", "others_ptr"), "*fp32")
+    arguments |= dict.fromkeys(("max_ptr", "logsum_ptr", "dlogp_ptr", "target_ptr"), "*fp32")
     tile = f"tensordesc<{dtype}[{settings.block_n}, {settings.block_v}]>"
     arguments |= {"dx": tile if settings.tma else f"*{dtype}", "stride_dn": "i32", "col0": "i32"}
     case = _case(
@@ -219,7 +219,7 @@ def _row_of_exponentials_cases(entropy: bool) -> list[Case]:
     """What comes before and after `exponentials`."""
     none = {} if entropy else {"bias_ptr": None, "temperature_ptr": None, "softcap": None}
     types = {"bias_ptr": "*bf16", "temperature_ptr": "*fp32", "softcap": "fp32"} if entropy else {}
-    offsets = {"h_ptr": "*bf16", "w_ptr": "*bf16", "code_ptr": "*i64", "offset_ptr": "*fp32"}
+    offsets = {"h_ptr": "*bf16", "w_ptr": "*bf16", "code_ptr": "*i64", "offset_ptr": "*fp32", "target_ptr": "*fp32"}
     offsets |= dict.fromkeys(("stride_hn", "stride_wv", "V", "D"), "i32")
     merge = {"partial_ptr": "*fp32", "state_ptr": "*fp32"}
     merge |= dict.fromkeys(("stride_k", "stride_state", "stride_out", "N", "K"), "i32")

@@ -62,6 +62,14 @@ def flop_per_byte(device: torch.device) -> int:
     return GPU_FLOP_PER_BYTE if key is None else FLOP_PER_BYTE[key]
 
 
+@cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU, which share the tiles of a product; 1 for a CPU, and for a GPU that is not there."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def device_arch(device: torch.device) -> int:
     """Compute capability as one number (90 for sm_90); 0 for a CPU, and for a GPU that torch only imagines."""
     if device.type != "cuda" or torch.version.hip or not torch.cuda.is_available():  # AMD counts otherwise

@@ -14,7 +14,7 @@ from torch import Tensor
 from . import gemm, vocab_parallel
 from .calls import HeadCall, head_arguments, open_head, open_rows, trained
 from .checks import check_flag, check_reverse_mode
-from .onepass import Gradients, Wanted, loss_and_gradients
+from .onepass import Gradients, Wanted, loss_and_gradients, scale_rows
 from .operators import Derivative, Results, Saved, own, register
 from .plan import HALF_DTYPES, Tiling, keeps_logp_gradient, plan_tiling
 from .sweep import sweep_backward, sweep_forward
@@ -147,8 +147,9 @@ def _frozen_gradients(saved: Saved[HeadCall], dlogp: Tensor) -> dict[str, Tensor
     # Where an upstream gradient is 0 so is this one, even of a row that is NaN.
     nothing = (dlogp == 0) | (targets == saved.options.ignore_index)
     factor = dlogp * unit if temperature is None else dlogp * unit / temperature
-    gradient = (kept * factor[..., None]).masked_fill_(nothing[..., None], 0)
-    return {"hidden": gradient.to(saved.dtypes["hidden"])}
+    rows, factor = kept.reshape(-1, kept.shape[-1]), factor.masked_fill(nothing, 0).view(-1)
+    gradient = scale_rows(rows, factor, out=torch.empty_like(rows, dtype=saved.dtypes["hidden"]))
+    return {"hidden": gradient.view(kept.shape)}
 
 
 ONLY_HIDDEN = Wanted(hidden=True, weight=False, bias=False)

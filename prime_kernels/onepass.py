@@ -34,7 +34,7 @@ from torch import Tensor
 
 from . import gemm
 from .constants import HAS_TRITON
-from .devices import flop_per_byte
+from .devices import flop_per_byte, processors
 from .operators import Derivative, Saved, is_shape_only
 from .plan import LOSS_NUMBERS, TRITON_DTYPES, OnePass, blocks, plan_one_pass, plan_tiling
 from .sweep import sweep_backward, sweep_forward
@@ -109,7 +109,7 @@ def loss_and_gradients(
         plan = plan_one_pass(
             max(N, 1), D, V, workspace=workspace, bytes_per_logit=tiles.bytes_per_logit, copies=copies,
             need_dw=wanted.weight, need_dh=wanted.hidden, flop_per_byte=flop_per_byte(rows.hidden.device),
-            itemsize=itemsize,
+            itemsize=itemsize, processors=processors(rows.hidden.device),
         )  # fmt: skip
     if plan.passes == 1 and isinstance(tiles, LogitTiles) and not (together and plan.rows < N):
         chunks = blocks(N, plan.rows) if sequences is None else aligned_chunks(sequences, plan.rows)
@@ -230,9 +230,7 @@ class GradientSums:
                 rescale(sums, change)
         self.exponent = exponent
         self.found = replace(self.found, unit=_power_of_two(-exponent))
-        factor = _power_of_two(exponent)
-        dentropy = None if grads.dentropy is None else grads.dentropy * factor
-        return replace(grads, dlogp=grads.dlogp * factor, dentropy=dentropy)
+        return grads.times(_power_of_two(exponent))
 
     def add(
         self, at: slice, block: Rows, dz: Tensor, factor: Tensor | None, dead: Tensor, col_step: int
@@ -302,17 +300,18 @@ def rescale(t: Tensor, factor: Tensor, dtype: torch.dtype | None = None) -> Tens
 
 
 def scale_rows(t: Tensor, factor: Tensor, out: Tensor | None = None, upstream: Tensor | None = None) -> Tensor:
-    """t [n, D] times a factor of each row [n] and a number; 0 where the factor is, whatever a row holds.
+    """t [n, D] times a factor of each row [n] and a number, rounded once; 0 where the factor is, whatever a row holds.
 
-    What strategy "fused" has computed, so that Triton is there; a graph that is traced gets a plain product.
+    In one pass on CUDA. The result lies in `out`, which may be t.
     """
     out = torch.empty_like(t) if out is None else out
-    if is_shape_only(t, factor):
-        scaled = t * (factor if upstream is None else factor * upstream)[:, None]
-        return out.copy_(scaled.masked_fill(factor[:, None] == 0, 0))
-    from .kernels import scaling
+    if t.is_cuda and HAS_TRITON and t.dtype in TRITON_DTYPES and not is_shape_only(t, factor):
+        from .kernels import scaling
 
-    return scaling.scale_rows(t, factor, out, upstream)
+        with torch.cuda.device(t.device):
+            return scaling.scale_rows(t, factor, out, upstream)
+    scaled = t * (factor if upstream is None else factor * upstream)[:, None]
+    return out.copy_(scaled.masked_fill_((factor == 0)[:, None], 0))
 
 
 def give_away(state: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ N tokens, D hidden size, V vocabulary columns.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 from math import ceil
 from typing import Literal
 
@@ -260,7 +261,7 @@ class OnePass:
 
 def plan_one_pass(
     N: int, D: int, V: int, *, workspace: int, bytes_per_logit: float, copies: bool, need_dw: bool, flop_per_byte: int,
-    need_dh: bool = True, itemsize: int = 4,
+    need_dh: bool = True, itemsize: int = 4, processors: int = 1,
 ) -> OnePass:  # fmt: skip
     """Chunks of tokens × the whole vocabulary within `workspace`, and whether keeping their logits pays.
 
@@ -271,7 +272,9 @@ def plan_one_pass(
 
     Estimated cost, in bytes moved: one pass computes 6·N·D·V FLOP and adds each chunk to the gradient of the weight,
     2·V·D·b bytes a chunk; two passes compute 8·N·D·V FLOP and finish the gradient slice by slice. So chunks are as
-    large as the workspace allows, and one pass pays above 4·flop_per_byte tokens a chunk (736 on an H200).
+    large as the workspace allows, and one pass pays above 4·flop_per_byte tokens a chunk (736 on an H200). But their
+    product dX [rows, D] is shared out among `processors` in tiles: where a few tokens less leave none of them idle in
+    the last round, chunks have those.
     """
     cols = min(V, GOOD_TILE_COLS) if copies else V
     free = workspace - itemsize * (12 * N + (D * cols if copies else 0))
@@ -279,11 +282,39 @@ def plan_one_pass(
     limit = int(free // (V * bytes_per_logit + 32 * bytes_per_logit + itemsize * (28 + spare)))
     if limit < 1:
         return OnePass(rows=0, cols=cols, passes=2)
-    rows = _even_share(N, limit, multiple=128)
+    traffic = 2 * V * D * itemsize * flop_per_byte if need_dw else 0
+    rows = _chunk_rows(N, limit, D, processors if need_dh else 1, traffic / (2 * V))
     chunks = ceil(N / rows)
     one = 6 * N * D * V / flop_per_byte + (2 * V * D * itemsize * chunks if need_dw and chunks > 1 else 0)
     two = 8 * N * D * V / flop_per_byte
     return OnePass(rows=rows, cols=cols, passes=1 if one <= two else 2)
+
+
+# Rows and columns of cuBLAS's tiles on an H100, as profiles name them. The last one has a tenth less of its peak.
+PRODUCT_TILES = ((128, 256, 1.0), (256, 128, 1.0), (320, 128, 1.0), (192, 192, 1.0), (128, 192, 0.93))
+
+
+@lru_cache(maxsize=4096)
+def _chunk_rows(N: int, limit: int, D: int, processors: int, extra: float) -> int:
+    """Tokens a chunk, at most `limit`, with which the products [tokens, D] of N tokens take least.
+
+    A product takes as many rounds as it has tiles for each processor; `extra`, in numbers of the result, is what a
+    chunk takes beside it.
+    """
+    if limit >= N or limit < 128:
+        return _even_share(N, limit, multiple=128)
+
+    def product(rows: int) -> float:
+        return min(
+            ceil(ceil(rows / n) * ceil(D / d) / processors) * processors * n * d / peak for n, d, peak in PRODUCT_TILES
+        )  # fmt: skip
+
+    def cost(rows: int) -> tuple[float, int, int]:
+        whole, rest = divmod(N, rows)
+        chunks = whole + (rest > 0)
+        return whole * product(rows) + (product(rest) if rest else 0) + chunks * extra, chunks, rows
+
+    return min(range(limit // 128 * 128, limit // 4, -128), key=cost)
 
 
 def exponentials_fit(N: int, D: int, V: int, *, itemsize: int, workspace: int) -> bool:

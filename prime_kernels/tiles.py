@@ -35,9 +35,7 @@ class Rows:
         The copy lies in `room` where that is given, which may be the states' own memory where they are a copy already.
         """
         room = torch.empty_like(self.hidden) if room is None else room
-        if room is not self.hidden:
-            room.copy_(self.hidden)
-        return replace(self, hidden=room.masked_fill_(dead[:, None], 0))
+        return replace(self, hidden=torch.where(dead[:, None], room.new_zeros(()), self.hidden, out=room))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,16 +88,26 @@ class RowGrads:
     dlogp: Tensor
     dentropy: Tensor | None
     others: Tensor  # 1 − p_target
+    at_target: Tensor  # the loss's derivative with respect to the target's logit
 
     @classmethod
     def of(cls, codes: Tensor, stats: RowStats, dlogp: Tensor, dentropy: Tensor | None) -> "RowGrads":
         ignored = codes == constants.IGNORED
-        return cls(
-            stats=stats,
-            dlogp=dlogp.masked_fill(ignored, 0).contiguous(),
-            dentropy=None if dentropy is None else dentropy.masked_fill(ignored, 0).contiguous(),
-            others=torch.expm1(stats.logp).neg_(),
-        )
+        dlogp = dlogp.masked_fill(ignored, 0).contiguous()
+        others = torch.expm1(stats.logp).neg_()
+        at_target = dlogp * others
+        if dentropy is not None:
+            assert stats.entropy is not None
+            dentropy = dentropy.masked_fill(ignored, 0).contiguous()
+            # ∂H/∂z_t = −p_t·(log p_t + H); of a banned target 0·−inf is not 0.
+            log_p = stats.logp.clamp(min=exp_floor(stats.logp.dtype))
+            at_target -= dentropy * stats.logp.exp() * (log_p + stats.entropy)
+        return cls(stats=stats, dlogp=dlogp, dentropy=dentropy, others=others, at_target=at_target)
+
+    def times(self, factor: Tensor) -> "RowGrads":
+        """Of the loss times a number."""
+        dentropy = None if self.dentropy is None else self.dentropy * factor
+        return replace(self, dlogp=self.dlogp * factor, dentropy=dentropy, at_target=self.at_target * factor)
 
     @property
     def dead(self) -> Tensor:
@@ -108,7 +116,15 @@ class RowGrads:
 
     def __getitem__(self, at: slice) -> "RowGrads":
         dentropy = None if self.dentropy is None else self.dentropy[at]
-        return RowGrads(stats=self.stats[at], dlogp=self.dlogp[at], dentropy=dentropy, others=self.others[at])
+        return RowGrads(
+            stats=self.stats[at], dlogp=self.dlogp[at], dentropy=dentropy, others=self.others[at],
+            at_target=self.at_target[at],
+        )  # fmt: skip
+
+
+def exp_floor(dtype: torch.dtype) -> float:
+    """A number whose exponential is 0."""
+    return 2 * log(torch.finfo(dtype).tiny)
 
 
 class Tiles(ABC):
@@ -208,8 +224,7 @@ class TorchTiles(LogitTiles):
     def __init__(self, hidden: Tensor, entropy: bool) -> None:
         self.entropy = entropy
         self.dtype = gemm.stats_dtype(hidden.dtype)
-        info = torch.finfo(self.dtype)
-        self.exp_floor = 2 * log(info.tiny)  # e^exp_floor is 0
+        self.exp_floor = exp_floor(self.dtype)
         # Logits, their exponentials, tanh under a softcap; on a GPU also the gradient in 16 bits.
         self.bytes_per_logit = 3 * self.dtype.itemsize + (2 if hidden.is_cuda else 0)
 
@@ -267,18 +282,15 @@ class TorchTiles(LogitTiles):
         z, tanh = self._logits(x, rows, head)
         stats, (column, owned) = grads.stats, _target_columns(rows.codes, head)
         logp = z.sub_(stats.max[:, None]).sub_(stats.logsum[:, None])
-        target_logp = logp.gather(1, column).squeeze(1)
         p = logp.exp()
-        at_target = grads.dlogp * grads.others
         if grads.dentropy is None:
             p *= -grads.dlogp[:, None]
             z = p
         else:
             assert stats.entropy is not None
-            at_target -= grads.dentropy * target_logp.exp() * (target_logp.clamp(min=self.exp_floor) + stats.entropy)
             z = logp.clamp_(min=self.exp_floor).add_(stats.entropy[:, None]).mul_(grads.dentropy[:, None])
             z = z.add_(grads.dlogp[:, None]).mul_(p).neg_()
-        z.scatter_(1, column, torch.where(owned, at_target, z.gather(1, column).squeeze(1))[:, None])
+        z.scatter_(1, column, torch.where(owned, grads.at_target, z.gather(1, column).squeeze(1))[:, None])
         if tanh is not None:
             z *= tanh.square_().neg_().add_(1)
         if rows.temperature is not None:

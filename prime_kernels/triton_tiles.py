@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from . import gemm
-from .devices import device_arch
+from .devices import device_arch, processors
 from .kernels import exponentials as kept
 from .kernels import fused
 from .kernels import rows as row_kernels
@@ -52,7 +52,7 @@ class ChunkedTiles(TritonTiles, LogitTiles):
         stats = grads.stats
         row_kernels.row_dlogits(
             x, head.bias, rows.codes, rows.temperature, stats.max, stats.logsum, stats.entropy,
-            grads.dlogp, grads.others, grads.dentropy, dx, head.start, head.softcap,
+            grads.dlogp, grads.at_target, grads.dentropy, dx, head.start, head.softcap,
         )  # fmt: skip
         return dx, None
 
@@ -70,7 +70,7 @@ class FusedTiles(TritonTiles, LogitTiles):
         self.bytes_per_logit = gemm.operand(hidden[:0]).dtype.itemsize + 1 / 8
         if hidden.is_cuda:
             self.arch = device_arch(hidden.device)
-            self.sms = torch.cuda.get_device_properties(hidden.device).multi_processor_count
+            self.sms = processors(hidden.device)
         else:
             self.arch, self.sms = 0, 4
 
@@ -119,6 +119,6 @@ class FusedTiles(TritonTiles, LogitTiles):
         stats = grads.stats
         fused.fused_dlogits(
             rows.hidden, head.weight, head.bias, rows.codes, rows.temperature, stats.max, stats.logsum, stats.entropy,
-            grads.dlogp, grads.others, grads.dentropy, dx, head.start, head.softcap, self.arch, self.sms,
+            grads.dlogp, grads.at_target, grads.dentropy, dx, head.start, head.softcap, self.arch, self.sms,
         )  # fmt: skip
         return dx

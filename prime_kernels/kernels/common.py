@@ -95,14 +95,14 @@ def merge_sums(m_a, s_a, m_b, s_b):
 
 @triton.jit
 def logit_gradient(
-    x, bias, scale, softcap, is_target, m, logsum, entropy, dlogp, others, dentropy
+    x, bias, scale, softcap, is_target, m, logsum, entropy, dlogp, at_target, dentropy
 ):  # fmt: skip
     """∂L/∂x for raw products x, from ∂L/∂log p (dlogp) and ∂L/∂H (dentropy, or None), through `head_logit`:
 
         p_v = e^{(z_v − m) − logsum},  ∂log p_t/∂z_v = [v = t] − p_v,  ∂H/∂z_v = −p_v·(log p_v + H)
 
-    The target's 1 − p_t comes in as `others` = Σ_{v≠t} p_v, which does not cancel. A row whose derivatives are 0, such
-    as an ignored one, is exactly 0, whatever else it holds.
+    The target's ∂L/∂z_t comes in as `at_target`, from the row's results, in which 1 − p_t does not cancel. A row whose
+    derivatives are 0, such as an ignored one, is exactly 0, whatever else it holds.
     """
     if bias is not None:
         x = x + bias
@@ -114,9 +114,10 @@ def logit_gradient(
         z = z * scale
     logp = (z - m) - logsum
     p = exp(logp)
-    d = tl.where(is_target, dlogp * others, -dlogp * p)
+    of_logp = dlogp
     if dentropy is not None:
-        d -= p * (dentropy * (tl.maximum(logp, _EXP_FLOOR) + entropy))
+        of_logp = dlogp + dentropy * (tl.maximum(logp, _EXP_FLOOR) + entropy)
+    d = tl.where(is_target, at_target, -of_logp * p)
     if softcap is not None:
         d *= slope
     if scale is not None:

@@ -6,7 +6,7 @@
 
 so a loss needs no second look at the logits: dX = v·(E W) and dW = Eᵀ(v·X). Statistics alone keep no E.
 
-1. `offsets`        one program a row: k, the target's logit, which a trained model puts near the maximum
+1. `offsets`        one program a row: the target's logit, and k: that, since a trained model puts it near the maximum
 2. `exponentials`   persistent, one tile at a time; a row whose tile reaches beyond k takes an offset of its own there
 3. `merge_tiles`    the tiles' statistics become a row's, in a fixed order
 4. `settle`         E's tiles on one offset where they are not, the target's entry, and v
@@ -26,12 +26,14 @@ from .fused import GROUP_ROWS, launch_options, operands, result, tile_logits, ti
 _REACH = tl.constexpr(22.0)
 OFFSET_BLOCK_D = 1024
 MERGE_ROWS, MERGE_TILES = 32, 64
-STATES = 6  # of a row: max, sum, moment and target as `finish` takes them; offset and sum of the others as E has them
+# Of a row: max, sum, moment and target as `finish` takes them; offset and sum of the others as E has them. A tile has
+# the first three.
+STATES, OF_TILE = 6, 3
 
 
 @triton.jit
 def offsets_kernel(
-    h_ptr, w_ptr, bias_ptr, code_ptr, temperature_ptr, offset_ptr, stride_hn, stride_wv, V, D, softcap,
+    h_ptr, w_ptr, bias_ptr, code_ptr, temperature_ptr, offset_ptr, target_ptr, stride_hn, stride_wv, V, D, softcap,
     KEPT: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -46,6 +48,7 @@ def offsets_kernel(
     bias = tl.load(bias_ptr + column).to(tl.float32) if bias_ptr is not None else None
     scale = inverse_temperature(tl.load(temperature_ptr + row)) if temperature_ptr is not None else None
     z = head_logit(tl.sum(total, axis=0), bias, scale, softcap)
+    tl.store(target_ptr + row, tl.where(owned, z, 0.0))
     # A banned target or one that is no number leaves every tile to its own offset, and so does one that is not here;
     # but not where E is kept, as then an ignored row's tiles would be brought to one offset for nothing.
     tl.store(offset_ptr + row, tl.where(owned, tl.maximum(z, _FLOOR), 0.0 if KEPT else _FLOOR))
@@ -88,13 +91,8 @@ def exponentials_kernel(
                 bias = tl.load(bias_ptr + col0 + offs_v)
             bias = bias.to(tl.float32)[None, :]
         z = head_logit(x, bias, scale, softcap)
-        column = label - col0
-        target = tl.zeros((BLOCK_N,), tl.float32)
-        # One tile in five has a target of its rows; the others' logits are not compared with any.
-        if tl.max(((column >= 0) & (column < BLOCK_V)).to(tl.int32), axis=0) > 0:
-            is_target = offs_v[None, :] == column[:, None]
-            target = tl.sum(tl.where(is_target, z, 0.0), axis=1)
-            z = tl.where(is_target, float("-inf"), z)
+        # No branch around what few tiles need: the compiler would wait for each of the loop's products.
+        z = tl.where(offs_v[None, :] == (label - col0)[:, None], float("-inf"), z)
         if RAGGED:
             z = tl.where((offs_v < V - col0)[None, :], z, float("-inf"))
         k = tl.load(offset_ptr + offs_n, mask=inside_n, other=0.0)
@@ -108,7 +106,6 @@ def exponentials_kernel(
         if ENTROPY:
             moment = tl.sum(p * tl.maximum(d, _EXP_FLOOR), axis=1)
             tl.store(out + 2 * stride_state, moment, mask=inside_n)
-        tl.store(out + 3 * stride_state, target, mask=inside_n)
         if e is not None:
             if TMA:
                 e.store([row0, col0], p.to(e.dtype))
@@ -133,7 +130,6 @@ def merge_tiles_kernel(
         top = tl.maximum(top, tl.max(tl.load(place, mask=inside, other=_FLOOR), axis=0))
     total = tl.zeros((ROWS,), tl.float32)
     moment = tl.zeros((ROWS,), tl.float32)
-    target = tl.zeros((ROWS,), tl.float32)
     for start in range(0, K, TILES):
         inside = (start + offs_k < K)[:, None] & inside_n[None, :]
         place = partial_ptr + (start + offs_k).to(tl.int64)[:, None] * stride_k + offs_n[None, :]
@@ -144,8 +140,8 @@ def merge_tiles_kernel(
         if ENTROPY:
             u = tl.load(place + 2 * stride_state, mask=inside, other=0.0)
             moment += tl.sum(a * (u + s * tl.maximum(shift, _EXP_FLOOR)), axis=0)
-        target += tl.sum(tl.load(place + 3 * stride_state, mask=inside, other=0.0), axis=0)
     out = state_ptr + offs_n
+    target = tl.load(out + 3 * stride_out, mask=inside_n, other=0.0)
     tl.store(out + 4 * stride_out, top, mask=inside_n)
     tl.store(out + 5 * stride_out, total, mask=inside_n)
     # The offset was meant to be the target's logit. That itself takes its place, as `finish` finds a target that leads
@@ -156,7 +152,6 @@ def merge_tiles_kernel(
     tl.store(out, tl.where(near, target, top), mask=inside_n)
     tl.store(out + stride_out, a * total, mask=inside_n)
     tl.store(out + 2 * stride_out, tl.where(near, a * (moment + total * shift), moment), mask=inside_n)
-    tl.store(out + 3 * stride_out, target, mask=inside_n)
 
 
 @triton.jit
@@ -211,7 +206,7 @@ def exponentials(
     h: Tensor, w: Tensor, bias: Tensor | None, codes: Tensor, temperature: Tensor | None, e: Tensor, arch: int,
     sms: int, entropy: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Write e [n, V], in the dtype of h [n, D]; returns its tiles' statistics [K, 4, n] and the rows' [6, n].
+    """Write e [n, V], in the dtype of h [n, D]; returns its tiles' statistics [K, 3, n] and the rows' [6, n].
 
     The first four of the rows' are what `finish` takes. Rows of e start at multiples of `PADDED` elements; what lies
     between may be written.
@@ -229,7 +224,7 @@ def statistics(
 
 def tile_bytes(V: int, arch: int, *, bias: bool, softcap: bool) -> int:
     """Bytes that a row's statistics take before its tiles are merged."""
-    return 16 * triton.cdiv(V, exponentials_settings(arch, bias=bias, softcap=softcap).block_v)
+    return 4 * OF_TILE * triton.cdiv(V, exponentials_settings(arch, bias=bias, softcap=softcap).block_v)
 
 
 def _statistics(
@@ -239,11 +234,11 @@ def _statistics(
     (n, D), V = h.shape, w.shape[0]
     settings = exponentials_settings(arch, bias=bias is not None, softcap=softcap is not None)
     whole, rest = divmod(V, settings.block_v)
-    partials = h.new_empty((whole + (rest > 0), 4, n), dtype=torch.float32)
+    partials = h.new_empty((whole + (rest > 0), OF_TILE, n), dtype=torch.float32)
     state = h.new_empty((STATES, n), dtype=torch.float32)
     offset = h.new_empty(n, dtype=torch.float32)
     offsets_kernel[(n,)](
-        h, w, bias, codes, temperature, offset, h.stride(0), w.stride(0), V, D, softcap,
+        h, w, bias, codes, temperature, offset, state[3], h.stride(0), w.stride(0), V, D, softcap,
         KEPT=e is not None, BLOCK_D=OFFSET_BLOCK_D, num_warps=4, **EXACT,
     )  # fmt: skip
     row_tiles = triton.cdiv(n, settings.block_n)

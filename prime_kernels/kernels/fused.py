@@ -65,7 +65,7 @@ def tile_place(item, row_tiles, col_tiles, GROUP_ROWS: tl.constexpr):
 
 @triton.jit
 def fused_dlogits_kernel(
-    h, w, bias_ptr, code_ptr, temperature_ptr, max_ptr, logsum_ptr, entropy_ptr, dlogp_ptr, others_ptr, dentropy_ptr,
+    h, w, bias_ptr, code_ptr, temperature_ptr, max_ptr, logsum_ptr, entropy_ptr, dlogp_ptr, target_ptr, dentropy_ptr,
     dx, stride_hn, stride_wv, stride_dn, N, V, D, col0, softcap,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, GROUP_ROWS: tl.constexpr,
     TMA: tl.constexpr, WARP_SPECIALIZE: tl.constexpr, FLATTEN: tl.constexpr, UPCAST: tl.constexpr,
@@ -105,7 +105,7 @@ def fused_dlogits_kernel(
             tl.load(logsum_ptr + offs_n, mask=inside_n, other=0.0)[:, None],
             entropy,
             tl.load(dlogp_ptr + offs_n, mask=inside_n, other=0.0)[:, None],
-            tl.load(others_ptr + offs_n, mask=inside_n, other=0.0)[:, None],
+            tl.load(target_ptr + offs_n, mask=inside_n, other=0.0)[:, None],
             dentropy,
         )  # fmt: skip
         if TMA:
@@ -145,7 +145,7 @@ def launch_options(settings: GemmSettings) -> dict[str, Any]:
 
 def fused_dlogits(
     h: Tensor, w: Tensor, bias: Tensor | None, codes: Tensor, temperature: Tensor | None, row_max: Tensor,
-    logsum: Tensor, entropy: Tensor | None, dlogp: Tensor, others: Tensor, dentropy: Tensor | None, dx: Tensor,
+    logsum: Tensor, entropy: Tensor | None, dlogp: Tensor, at_target: Tensor, dentropy: Tensor | None, dx: Tensor,
     col0: int, softcap: float | None, arch: int, sms: int,
 ) -> None:  # fmt: skip
     """Gradients dx [n, s] of the raw logits of h [n, D] and w [s, D], the columns from col0 on.
@@ -157,7 +157,7 @@ def fused_dlogits(
     V = w.shape[0]
     tiles = triton.cdiv(n, settings.block_n) * triton.cdiv(V, settings.block_v)
     fused_dlogits_kernel[(min(tiles, sms),)](
-        *operands(h, w, settings), bias, codes, temperature, row_max, logsum, entropy, dlogp, others, dentropy,
+        *operands(h, w, settings), bias, codes, temperature, row_max, logsum, entropy, dlogp, at_target, dentropy,
         result(dx, settings), h.stride(0), w.stride(0), dx.stride(0), n, V, D, col0, softcap,
         GROUP_ROWS=GROUP_ROWS, **launch_options(settings),
     )  # fmt: skip

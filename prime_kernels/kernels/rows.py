@@ -142,7 +142,7 @@ def finish_kernel(
 
 @triton.jit
 def block_gradient(
-    x_row, bias_ptr, dx_row, start, V, label, scale, softcap, m, logsum, entropy, dlogp, others, dentropy,
+    x_row, bias_ptr, dx_row, start, V, label, scale, softcap, m, logsum, entropy, dlogp, at_target, dentropy,
     RAGGED: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Put the gradient of one block's columns in their place.
@@ -152,7 +152,7 @@ def block_gradient(
     """
     offs_v = start + tl.arange(0, BLOCK_V)
     x = load_block(x_row, bias_ptr, offs_v, V, RAGGED)
-    dx = logit_gradient(x, None, scale, softcap, offs_v == label, m, logsum, entropy, dlogp, others, dentropy)
+    dx = logit_gradient(x, None, scale, softcap, offs_v == label, m, logsum, entropy, dlogp, at_target, dentropy)
     tl.debug_barrier()
     if RAGGED:
         tl.store(dx_row + offs_v, dx.to(dx_row.dtype.element_ty), mask=offs_v < tl.cdiv(V, _PADDED) * _PADDED)
@@ -163,7 +163,7 @@ def block_gradient(
 @triton.jit
 def row_dlogits_kernel(
     x_ptr, bias_ptr, code_ptr, temperature_ptr, max_ptr, logsum_ptr, entropy_ptr,
-    dlogp_ptr, others_ptr, dentropy_ptr, dx_ptr, stride_xn, stride_dn, col0, V, softcap, BLOCK_V: tl.constexpr,
+    dlogp_ptr, target_ptr, dentropy_ptr, dx_ptr, stride_xn, stride_dn, col0, V, softcap, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     code = tl.load(code_ptr + row)
@@ -174,19 +174,19 @@ def row_dlogits_kernel(
     m = tl.load(max_ptr + row)
     logsum = tl.load(logsum_ptr + row)
     dlogp = tl.load(dlogp_ptr + row)
-    others = tl.load(others_ptr + row)
+    at_target = tl.load(target_ptr + row)
 
     x_row = x_ptr + row * stride_xn
     dx_row = dx_ptr + row * stride_dn
     whole = V // BLOCK_V * BLOCK_V
     for start in range(0, whole, BLOCK_V):
         block_gradient(
-            x_row, bias_ptr, dx_row, start, V, label, scale, softcap, m, logsum, entropy, dlogp, others, dentropy,
+            x_row, bias_ptr, dx_row, start, V, label, scale, softcap, m, logsum, entropy, dlogp, at_target, dentropy,
             False, BLOCK_V,
         )  # fmt: skip
     if whole < V:
         block_gradient(
-            x_row, bias_ptr, dx_row, whole, V, label, scale, softcap, m, logsum, entropy, dlogp, others, dentropy,
+            x_row, bias_ptr, dx_row, whole, V, label, scale, softcap, m, logsum, entropy, dlogp, at_target, dentropy,
             True, BLOCK_V,
         )  # fmt: skip
 
@@ -220,7 +220,7 @@ def finish(
 
 def row_dlogits(
     x: Tensor, bias: Tensor | None, codes: Tensor, temperature: Tensor | None, row_max: Tensor, logsum: Tensor,
-    entropy: Tensor | None, dlogp: Tensor, others: Tensor, dentropy: Tensor | None, dx: Tensor, col0: int,
+    entropy: Tensor | None, dlogp: Tensor, at_target: Tensor, dentropy: Tensor | None, dx: Tensor, col0: int,
     softcap: float | None,
 ) -> None:  # fmt: skip
     """Gradients dx [n, s] of raw products x [n, s]; dx shares x's memory, rows starting at the same bytes.
@@ -230,7 +230,7 @@ def row_dlogits(
     n, V = x.shape
     settings = ROW_DLOGITS if softcap is None else CAPPED_ROWS
     row_dlogits_kernel[(n,)](
-        x, bias, codes, temperature, row_max, logsum, entropy, dlogp, others, dentropy, dx,
+        x, bias, codes, temperature, row_max, logsum, entropy, dlogp, at_target, dentropy, dx,
         x.stride(0), dx.stride(0), col0, V, softcap,
         BLOCK_V=settings.block_v, num_warps=settings.num_warps, **EXACT,
     )  # fmt: skip

@@ -4,12 +4,9 @@
 2. `scale_rows`  times a factor of each row
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-from ..constants import INTERPRETED
 
 SCALE_BLOCK, SCALE_COLUMNS = 4096, 1024
 # Eight a processor of the largest GPUs keep its memory busy; a factor of 1 is read by no more.
@@ -59,8 +56,6 @@ def scale_rows(x: Tensor, factor: Tensor, out: Tensor, upstream: Tensor | None =
     A row whose factor is 0 is 0, whatever it holds. `out` may be x.
     """
     n, D = x.shape
-    if INTERPRETED and out.dtype != torch.float32:  # the interpreter cuts off where a GPU rounds
-        return out.copy_(scale_rows(x, factor, torch.empty_like(x, dtype=torch.float32), upstream))
     if n:
         block = min(triton.next_power_of_2(D), SCALE_COLUMNS)
         scale_rows_kernel[(n,)](

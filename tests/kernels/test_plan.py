@@ -134,6 +134,34 @@ def test_one_pass_takes_the_largest_even_chunks_that_fit():
     assert one_pass(2000).rows == 2000
 
 
+@pytest.mark.parametrize(
+    ("N", "D", "limit", "rows"),
+    [
+        # 128 × 256 numbers a tile: 16 of 1024 rows × 4096 leave 4 of 132 processors idle once; 1664 rows take two rounds.
+        (8192, 4096, 1927, 1024),
+        (8192, 3584, 1600, 1152),
+        (32768, 3584, 4100, 3584),
+    ],
+)
+def test_chunks_keep_all_processors_busy_where_that_is_worth_a_few_tokens(N, D, limit, rows):
+    found = plan.plan_one_pass(
+        N, D, 131072, workspace=limit * 131072 * 4 + (N * 48 + limit * (32 * 4 + 112)), bytes_per_logit=4,
+        copies=False, need_dw=False, flop_per_byte=184, processors=132,
+    )  # fmt: skip
+    assert found.rows == rows
+
+
+@given(N=st.integers(1, 100_000), D=st.integers(1, 8192), limit=st.integers(1, 20_000), dh=st.booleans())
+def test_chunks_for_many_processors_are_within_the_workspace_and_no_more_than_four_times_as_many(N, D, limit, dh):
+    asked = {"workspace": limit * 4000 + N * 48, "bytes_per_logit": 4, "copies": False, "need_dw": True}
+    asked |= {"flop_per_byte": 184, "need_dh": dh}
+    one, many = (plan.plan_one_pass(N, D, 1000, processors=p, **asked) for p in (1, 132))
+    if many.passes == 1:
+        assert many.rows * 1000 * 4 + N * 48 <= asked["workspace"]
+        assert one.rows <= 4 * (many.rows + 128)
+        assert dh or many == one
+
+
 def test_two_passes_where_chunks_are_too_small_to_pay_for_the_weights_gradient():
     # 256 MiB: 511 tokens a chunk, under the 736 at which one pass breaks even.
     assert one_pass(8192, workspace=256 * MIB).passes == 2
