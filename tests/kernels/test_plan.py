@@ -137,7 +137,7 @@ def test_one_pass_takes_the_largest_even_chunks_that_fit():
 @pytest.mark.parametrize(
     ("N", "D", "limit", "rows"),
     [
-        # 128 × 256 numbers a tile: 16 of 1024 rows × 4096 leave 4 of 132 processors idle once; 1664 rows take two rounds.
+        # Tiles of 128 × 256: those of 1024 rows leave 4 of 132 processors idle, once; 1664 rows take two rounds.
         (8192, 4096, 1927, 1024),
         (8192, 3584, 1600, 1152),
         (32768, 3584, 4100, 3584),
