@@ -108,11 +108,12 @@ def _bars(
 
 def _tokens(report: Report, rows: list[Row], ops: list[str], path: Path) -> None:
     """The time of bare GEMMs over a provider's own, against N."""
-    colours = {who: f"C{i % 10}" for i, who in enumerate(dict.fromkeys(row.provider for row in rows))}
+    drawn = [row for row in rows if row.case.op in ops and _points(rows, row) > 1]
+    colours = {who: f"C{i % 10}" for i, who in enumerate(dict.fromkeys(row.provider for row in drawn))}
     figure, axes = _panels(len(ops), 4)
     figure.set_figwidth(6.5 * len(ops))
     for axis, op in zip(axes, ops, strict=True):
-        mine = [row for row in rows if row.case.op == op and _points(rows, row) > 1]
+        mine = [row for row in drawn if row.case.op == op]
         shape = mine[0].case.D, mine[0].case.V, mine[0].case.dtype
         for who in dict.fromkeys(row.provider for row in mine):
             points = {
