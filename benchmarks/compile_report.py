@@ -81,6 +81,7 @@ class Compiled:
     rest_load_bits: int | None = None  # the narrowest load of logits behind the main loop,
     rest_store_bits: int | None = None  # and the narrowest store of gradients
     per_logit: float | None = None  # instructions of the main loop
+    serial: bool = False  # no two of its products are in flight
 
 
 def compile_case(case: Case, arch: int) -> Compiled:
@@ -106,7 +107,8 @@ def compile_case(case: Case, arch: int) -> Compiled:
         instructions={name: len(re.findall(rf"^\s*(?:@\S+\s+)?{re.escape(name)}", ptx, re.M)) for name in INSTRUCTIONS},
         ragged=case.ragged,
     )  # fmt: skip
-    return replace(compiled, **_memory(case, sass.disassembly(built.asm["cubin"])))
+    text = sass.disassembly(built.asm["cubin"])
+    return replace(compiled, serial=sass.serial(text), **_memory(case, text))
 
 
 def _memory(case: Case, text: str) -> dict[str, Any]:
@@ -142,6 +144,8 @@ def faults(r: Compiled) -> list[str]:
     limit = min(SHARED_LIMIT[arch] for arch in (r.arch, *SAME_SETTINGS.get(r.arch, ())))
     if r.shared_bytes > limit:
         found.append(f"takes {r.shared_bytes} bytes of shared memory, {limit} are there")
+    if r.serial:  # 1.36 bare GEMMs instead of 1.05, measured
+        found.append("waits for each of its products before the next one")
     moves: list[tuple[str, int | None, int]] = []
     if r.kernel in PER_LOGIT:
         moves += [("load", r.load_bits, WIDE), ("load of the rest", r.rest_load_bits, WIDE)]

@@ -74,6 +74,15 @@ def accesses(sass: str, kind: str) -> tuple[int, ...]:
     return _widths((found[2] for line in sass.splitlines() if (found := INSTRUCTION.match(line))), kind)
 
 
+def serial(sass: str) -> bool:
+    """Whether a kernel for sm_90 waits for each of its products before it starts the next one.
+
+    Products that run on are ended together: the last of a group alone names the barrier that is waited for.
+    """
+    products = [line for line in sass.splitlines() if (found := INSTRUCTION.match(line)) and found[2][:5] == "HGMMA"]
+    return len(products) > 1 and all("gsb0" in line for line in products)
+
+
 def narrowest(widths: Iterable[int], total: int) -> int | None:
     """The narrowest of the widest accesses that move `total` bits together; None where all of them do not."""
     moved = 0

@@ -203,17 +203,26 @@ def test_what_is_wrong_with_a_kernel_is_named():
     assert faults(good) == []
     bad = replace(
         good, arch=120, spilled_bytes=8, shared_bytes=1 << 17, load_bits=32, store_bits=16, rest_load_bits=None,
-        rest_store_bits=16, per_logit=99.0,
+        rest_store_bits=16, per_logit=99.0, serial=True,
     )  # fmt: skip
     assert [line.removeprefix("row_dlogits (plain) on sm_120 ") for line in faults(bad)] == [
         "spills 8 bytes",
         "takes 131072 bytes of shared memory, 101376 are there",
+        "waits for each of its products before the next one",
         "takes 99.0 instructions a logit, 12.0 at the most",
         "has a load of 32 bits, 128 at the least",
         "has no load of the rest that could be told from others",
         "has a store of 16 bits, 128 at the least",
         "has a store of the rest of 16 bits, 128 at the least",
     ]
+
+
+def test_products_that_wait_for_each_other_are_told_from_those_that_run_on():
+    product = "        /*0010*/                   HGMMA.64x256x16.F32.BF16 R24, gdesc[UR24], R24{} ;\n"
+    wait = "        /*0020*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;\n"
+    assert not sass.serial(3 * product.format("") + product.format(", gsb0") + wait)
+    assert sass.serial(4 * (product.format(", gsb0") + wait))
+    assert not sass.serial(TEXT)
 
 
 def test_settings_of_sm_80_must_fit_the_shared_memory_of_sm_86():
