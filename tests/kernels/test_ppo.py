@@ -189,7 +189,9 @@ def test_opcheck_passes(device, backend):
     torch.library.opcheck(torch.ops.prime_kernels.ppo_clip_loss.default, args)
 
 
-@pytest.mark.parametrize(("device", "backend"), [RUNS[0], RUNS[4]])
+@pytest.mark.parametrize(
+    ("device", "backend"), [pytest.param(*RUNS[0].values, id="torch", marks=pytest.mark.slow), RUNS[4]]
+)
 def test_compiles_without_a_graph_break(device, backend):
     x = make_inputs(12, 16, 37, F32 if device == "cpu" else BF16, device)
     rows, _ = inputs_of(x)

@@ -218,7 +218,9 @@ def test_opcheck_passes(device, backend):
     )
 
 
-@pytest.mark.parametrize(("device", "backend"), [RUNS[0], RUNS[4]])
+@pytest.mark.parametrize(
+    ("device", "backend"), [pytest.param(*RUNS[0].values, id="torch", marks=pytest.mark.slow), RUNS[4]]
+)
 def test_compiles_without_a_graph_break(device, backend):
     x = make_inputs(50, 16, 37, F32 if device == "cpu" else BF16, device)
     ref, mask = ref_and_mask(x)
