@@ -74,7 +74,7 @@ def gradients_of_exponentials(
             found["bias"] = gemm.column_sums(e, factor.dtype, factor * upstream).to(hidden.dtype)
         if need_dh:
             dh = gemm.mm(e, gemm.operand(weight), out=factor.new_empty(n, D))
-            dh = scale_rows(dh, factor, out=hidden.new_empty(n, D), upstream=upstream)
+            dh = scale_rows(dh, factor, dtype=hidden.dtype, upstream=upstream)
             found["hidden"] = dh.view(hidden.shape)
     return found
 

@@ -148,7 +148,7 @@ def _frozen_gradients(saved: Saved[HeadCall], dlogp: Tensor) -> dict[str, Tensor
     nothing = (dlogp == 0) | (targets == saved.options.ignore_index)
     factor = dlogp * unit if temperature is None else dlogp * unit / temperature
     rows, factor = kept.reshape(-1, kept.shape[-1]), factor.masked_fill(nothing, 0).view(-1)
-    gradient = scale_rows(rows, factor, out=torch.empty_like(rows, dtype=saved.dtypes["hidden"]))
+    gradient = scale_rows(rows, factor, dtype=saved.dtypes["hidden"])
     return {"hidden": gradient.view(kept.shape)}
 
 

@@ -299,19 +299,24 @@ def rescale(t: Tensor, factor: Tensor, dtype: torch.dtype | None = None) -> Tens
     return t if out is t else out.copy_(t)
 
 
-def scale_rows(t: Tensor, factor: Tensor, out: Tensor | None = None, upstream: Tensor | None = None) -> Tensor:
+def scale_rows(
+    t: Tensor, factor: Tensor, *, dtype: torch.dtype | None = None, out: Tensor | None = None,
+    upstream: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """t [n, D] times a factor of each row [n] and a number, rounded once; 0 where the factor is, whatever a row holds.
 
-    In one pass on CUDA. The result lies in `out`, which may be t.
+    In one pass on CUDA. The result has `dtype`, or t's, or lies in `out`, which may be t.
     """
-    out = torch.empty_like(t) if out is None else out
-    if t.is_cuda and HAS_TRITON and t.dtype in TRITON_DTYPES and not is_shape_only(t, factor):
+    dtype = out.dtype if out is not None else dtype or t.dtype
+    plain = not is_shape_only(t, factor) and not torch._C._functorch.is_batchedtensor(factor)
+    if t.is_cuda and HAS_TRITON and t.dtype in TRITON_DTYPES and plain:
         from .kernels import scaling
 
         with torch.cuda.device(t.device):
-            return scaling.scale_rows(t, factor, out, upstream)
+            return scaling.scale_rows(t, factor, torch.empty_like(t, dtype=dtype) if out is None else out, upstream)
     scaled = t * (factor if upstream is None else factor * upstream)[:, None]
-    return out.copy_(scaled.masked_fill_((factor == 0)[:, None], 0))
+    scaled = scaled.masked_fill((factor == 0)[:, None], 0).to(dtype)
+    return scaled if out is None else out.copy_(scaled)
 
 
 def give_away(state: dict[str, Any]) -> None:

@@ -271,10 +271,10 @@ def plan_one_pass(
     (N + V)·D·b bytes until backward, are no scratch.
 
     Estimated cost, in bytes moved: one pass computes 6·N·D·V FLOP and adds each chunk to the gradient of the weight,
-    2·V·D·b bytes a chunk; two passes compute 8·N·D·V FLOP and finish the gradient slice by slice. So chunks are as
-    large as the workspace allows, and one pass pays above 4·flop_per_byte tokens a chunk (736 on an H200). But their
-    product dX [rows, D] is shared out among `processors` in tiles: where a few tokens less leave none of them idle in
-    the last round, chunks have those.
+    2·V·D·b bytes a chunk; two passes compute 8·N·D·V FLOP and finish the gradient slice by slice. So chunks are
+    large, and one pass pays above 4·flop_per_byte tokens a chunk (736 on an H200). Their product dX [rows, D] is shared
+    out among `processors` in tiles: where fewer tokens than fit leave fewer of them idle in the last round, chunks have
+    those, half of what fits at the least.
     """
     cols = min(V, GOOD_TILE_COLS) if copies else V
     free = workspace - itemsize * (12 * N + (D * cols if copies else 0))
@@ -290,7 +290,7 @@ def plan_one_pass(
     return OnePass(rows=rows, cols=cols, passes=1 if one <= two else 2)
 
 
-# Rows and columns of cuBLAS's tiles on an H100, as profiles name them. The last one has a tenth less of its peak.
+# Rows and columns of cuBLAS's tiles on an H100, as profiles name them, and the share of the peak that they reach.
 PRODUCT_TILES = ((128, 256, 1.0), (256, 128, 1.0), (320, 128, 1.0), (192, 192, 1.0), (128, 192, 0.93))
 
 
@@ -299,7 +299,8 @@ def _chunk_rows(N: int, limit: int, D: int, processors: int, extra: float) -> in
     """Tokens a chunk, at most `limit`, with which the products [tokens, D] of N tokens take least.
 
     A product takes as many rounds as it has tiles for each processor; `extra`, in numbers of the result, is what a
-    chunk takes beside it.
+    chunk takes beside it, with a sixteenth of a round for what is launched. At most twice as many chunks as must be are
+    tried, in about thirty steps.
     """
     if limit >= N or limit < 128:
         return _even_share(N, limit, multiple=128)
@@ -312,16 +313,18 @@ def _chunk_rows(N: int, limit: int, D: int, processors: int, extra: float) -> in
     def cost(rows: int) -> tuple[float, int, int]:
         whole, rest = divmod(N, rows)
         chunks = whole + (rest > 0)
-        return whole * product(rows) + (product(rest) if rest else 0) + chunks * extra, chunks, rows
+        launches = processors * 2048
+        return whole * product(rows) + (product(rest) if rest else 0) + chunks * (extra + launches), chunks, rows
 
-    return min(range(limit // 128 * 128, limit // 4, -128), key=cost)
+    step = max(limit // 8192 * 128, 128)
+    return min(range(limit // step * step, limit // 2, -step), key=cost)
 
 
 def exponentials_fit(N: int, D: int, V: int, *, itemsize: int, workspace: int) -> bool:
     """Whether a loss keeps the exponentials of all its logits until backward.
 
-    They take N·V·itemsize bytes, with their tiles' statistics an eighth of a byte each, and backward 6·N·D more for the
-    rows of its products. Without them it would be 4·V·D for the weight's gradient in fp32, and the workspace.
+    They take N·V·itemsize bytes, with their tiles' statistics at most an eighth of a byte each, and backward 6·N·D more
+    for the rows of its products. Without them it would be 4·V·D for the weight's gradient in fp32, and the workspace.
     """
     return N > 0 and N * V * (itemsize + 1 / 8) + 6 * N * D <= 4 * V * D + workspace
 

@@ -87,22 +87,28 @@ class RowGrads:
     stats: RowStats
     dlogp: Tensor
     dentropy: Tensor | None
-    others: Tensor  # 1 − p_target
     at_target: Tensor  # the loss's derivative with respect to the target's logit
 
     @classmethod
     def of(cls, codes: Tensor, stats: RowStats, dlogp: Tensor, dentropy: Tensor | None) -> "RowGrads":
         ignored = codes == constants.IGNORED
         dlogp = dlogp.masked_fill(ignored, 0).contiguous()
-        others = torch.expm1(stats.logp).neg_()
-        at_target = dlogp * others
+        if dentropy is not None:
+            dentropy = dentropy.masked_fill(ignored, 0).contiguous()
+        del ignored
+        # In few numbers at once: `plan_tiling` counts them.
+        at_target = torch.expm1(stats.logp).neg_().mul_(dlogp)
         if dentropy is not None:
             assert stats.entropy is not None
-            dentropy = dentropy.masked_fill(ignored, 0).contiguous()
             # ∂H/∂z_t = −p_t·(log p_t + H); of a banned target 0·−inf is not 0.
-            log_p = stats.logp.clamp(min=exp_floor(stats.logp.dtype))
-            at_target -= dentropy * stats.logp.exp() * (log_p + stats.entropy)
-        return cls(stats=stats, dlogp=dlogp, dentropy=dentropy, others=others, at_target=at_target)
+            of_p = stats.logp.clamp(min=exp_floor(stats.logp.dtype)).add_(stats.entropy).mul_(dentropy)
+            at_target.addcmul_(of_p, stats.logp.exp(), value=-1)
+        return cls(stats=stats, dlogp=dlogp, dentropy=dentropy, at_target=at_target)
+
+    @property
+    def others(self) -> Tensor:
+        """1 − p_target [n]."""
+        return torch.expm1(self.stats.logp).neg_()
 
     def times(self, factor: Tensor) -> "RowGrads":
         """Of the loss times a number."""
@@ -116,10 +122,7 @@ class RowGrads:
 
     def __getitem__(self, at: slice) -> "RowGrads":
         dentropy = None if self.dentropy is None else self.dentropy[at]
-        return RowGrads(
-            stats=self.stats[at], dlogp=self.dlogp[at], dentropy=dentropy, others=self.others[at],
-            at_target=self.at_target[at],
-        )  # fmt: skip
+        return RowGrads(stats=self.stats[at], dlogp=self.dlogp[at], dentropy=dentropy, at_target=self.at_target[at])
 
 
 def exp_floor(dtype: torch.dtype) -> float:

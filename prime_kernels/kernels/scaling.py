@@ -57,7 +57,7 @@ def scale_rows(x: Tensor, factor: Tensor, out: Tensor, upstream: Tensor | None =
     """
     n, D = x.shape
     if n:
-        block = min(triton.next_power_of_2(D), SCALE_COLUMNS)
+        block = min(max(triton.next_power_of_2(D), 1), SCALE_COLUMNS)
         scale_rows_kernel[(n,)](
             x, factor, upstream, out, x.stride(0), out.stride(0), D, BLOCK=block, num_warps=4
         )  # fmt: skip

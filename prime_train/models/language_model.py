@@ -153,6 +153,9 @@ def recompute_blocks(transformer: PreTrainedModel) -> None:
     enable({"use_reentrant": False})
 
 
+RECOMPILE_LIMIT = 64
+
+
 def work_on_blocks(model: LanguageModel, how: Sequence[str]) -> None:
     """`model.blocks` of the configuration: Liger's kernels, recomputation in backward, compilation, in this order."""
     if "liger" in how:
@@ -163,6 +166,9 @@ def work_on_blocks(model: LanguageModel, how: Sequence[str]) -> None:
     if "checkpoint" in how:
         recompute_blocks(model.transformer)
     if "compile" in how:
+        # The blocks of all models share one function, and each model has variants of its own: with gradients and
+        # without, for a first shape, for any, for one sequence. Beyond the limit torch would go on without compiling.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
         for block in model.blocks:
             block.compile()
 

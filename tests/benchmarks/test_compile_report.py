@@ -109,7 +109,7 @@ def test_every_kernel_compiles_without_spills_and_with_the_architectures_instruc
     from benchmarks.compile_cases import cases
     from benchmarks.compile_report import ARCHITECTURES, MATRIX_INSTRUCTION
 
-    names = {"finish", "row_stats", "row_dlogits", "fused_dlogits", "ppo", "prm", "reward", "scale"}
+    names = {"finish", "row_stats", "row_dlogits", "fused_dlogits", "ppo", "prm", "reward", "scale", "scale_rows"}
     names |= {"offsets", "exponentials", "merge_tiles", "settle"}
     assert {k["kernel"] for k in kernels} == names
     assert {k["arch"] for k in kernels} == set(ARCHITECTURES) == {80, 90, 100, 120}

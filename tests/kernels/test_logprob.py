@@ -350,3 +350,14 @@ def test_a_frozen_head_keeps_the_error_bound(device, backend, dtype):
     got = gradient(linear_logprob, x, x.dlogp.masked_fill(x.targets == -100, torch.nan), backend=backend)
     assert (got - want).norm() <= 2 * (plain - want).norm() + torch.finfo(dtype).eps * want.norm()
     assert (got[::5] == 0).all()
+
+
+@pytest.mark.parametrize(("device", "backend"), RUNS)
+def test_a_frozen_heads_backward_takes_many_upstream_gradients_at_once(device, backend):
+    x = make_inputs(4, 16, 50, BF16 if backend == "fused" else F32, device)
+    hidden = x.hidden.detach().requires_grad_()
+    logp = linear_logprob(hidden, x.weight.detach(), x.targets, backend=backend).logp
+    upstream = torch.eye(4, device=device)
+    (batched,) = torch.autograd.grad(logp, hidden, upstream, is_grads_batched=True, retain_graph=True)
+    for row, found in zip(upstream, batched, strict=True):
+        assert torch.autograd.grad(logp, hidden, row, retain_graph=True)[0].equal(found)

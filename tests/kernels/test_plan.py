@@ -127,7 +127,7 @@ def one_pass(N, **changes):
     return plan.plan_one_pass(N, 4096, 131072, **{**settings, **changes})
 
 
-def test_one_pass_takes_the_largest_even_chunks_that_fit():
+def test_chunks_of_one_pass_are_even_and_all_that_fits_where_one_does():
     # 1.25 GiB holds the fp32 logits of 2,559 tokens.
     found = one_pass(8192)
     assert (found.passes, found.rows, found.cols) == (1, 2048, 131072)
@@ -152,13 +152,13 @@ def test_chunks_keep_all_processors_busy_where_that_is_worth_a_few_tokens(N, D, 
 
 
 @given(N=st.integers(1, 100_000), D=st.integers(1, 8192), limit=st.integers(1, 20_000), dh=st.booleans())
-def test_chunks_for_many_processors_are_within_the_workspace_and_no_more_than_four_times_as_many(N, D, limit, dh):
+def test_chunks_for_many_processors_are_within_the_workspace_and_no_more_than_twice_as_many(N, D, limit, dh):
     asked = {"workspace": limit * 4000 + N * 48, "bytes_per_logit": 4, "copies": False, "need_dw": True}
     asked |= {"flop_per_byte": 184, "need_dh": dh}
     one, many = (plan.plan_one_pass(N, D, 1000, processors=p, **asked) for p in (1, 132))
     if many.passes == 1:
         assert many.rows * 1000 * 4 + N * 48 <= asked["workspace"]
-        assert one.rows <= 4 * (many.rows + 128)
+        assert one.rows <= 2 * many.rows + 256
         assert dh or many == one
 
 

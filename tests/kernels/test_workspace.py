@@ -43,6 +43,12 @@ def test_numbers_of_fp64_are_counted_as_such(N, D, V, step, op):
     assert scratch.bounded, scratch
 
 
+@pytest.mark.parametrize(("dtype", "workspace"), [(F32, 504_000), (BF16, 720_000)])
+def test_where_tokens_dominate_the_entropys_backward_stays_within_the_workspace_too(dtype, workspace):
+    found = measure(20_000, 2, 4, dtype=dtype, device="cpu", backend="torch", workspace=workspace)
+    assert found.bounded, found
+
+
 @pytest.mark.parametrize("dtype", [F32, F64])
 def test_what_a_loss_has_of_each_token_is_counted(dtype, monkeypatch):
     """Many tokens and few columns: PPO with every option, in one pass, in two, or refused."""
