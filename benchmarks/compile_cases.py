@@ -151,12 +151,17 @@ def _scale_case(dtype: str) -> Case:
 def _scale_rows_cases() -> list[Case]:
     """Hidden states and their gradient, when the upstream gradient is known; a chunk's before that."""
     shared = {"factor_ptr": "*fp32", "stride_x": "i32", "stride_out": "i32", "D": "i32"}
+    optional = {"upstream_ptr": "*fp32"}
     block = {"BLOCK": scaling.SCALE_COLUMNS}
     found = []
-    for variant, source, target in (("states", "bf16", "bf16"), ("gradient", "fp32", "bf16"), ("sums", "fp32", "fp32")):
-        types = {"x_ptr": f"*{source}", "out_ptr": f"*{target}"} | shared
-        types, none = (types, {"upstream_ptr": None}) if variant == "sums" else (types | {"upstream_ptr": "*fp32"}, {})
-        found.append(_case("scale_rows", variant, scaling.scale_rows_kernel, types, {}, none, block, num_warps=4))
+    for variant, source, target, on in (
+        ("states", "bf16", "bf16", True), ("gradient", "fp32", "bf16", True), ("sums", "fp32", "fp32", False),
+    ):  # fmt: skip
+        arguments = shared | {"x_ptr": f"*{source}", "out_ptr": f"*{target}"}
+        types, none = (optional, {}) if on else ({}, dict.fromkeys(optional))
+        found.append(
+            _case("scale_rows", variant, scaling.scale_rows_kernel, arguments, types, none, block, num_warps=4)
+        )
     return found
 
 

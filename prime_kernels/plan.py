@@ -313,9 +313,9 @@ def _chunk_rows(N: int, limit: int, D: int, processors: int, extra: float) -> in
     def cost(rows: int) -> tuple[float, int, int]:
         whole, rest = divmod(N, rows)
         chunks = whole + (rest > 0)
-        launches = processors * 2048
-        return whole * product(rows) + (product(rest) if rest else 0) + chunks * (extra + launches), chunks, rows
+        return whole * product(rows) + (product(rest) if rest else 0) + chunks * each, chunks, rows
 
+    each = extra + processors * 128 * 256 / 16
     step = max(limit // 8192 * 128, 128)
     return min(range(limit // step * step, limit // 2, -step), key=cost)
 

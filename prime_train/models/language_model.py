@@ -20,6 +20,10 @@ from prime_kernels import LogProbHead
 
 from ..records import MicroBatch
 
+# Variants of a block that torch compiles before it goes on without compiling. The blocks of all models share one
+# function, and each model has variants of its own: with gradients and without, for a first shape, for any, for one row.
+RECOMPILE_LIMIT = 64
+
 
 class LanguageModel(nn.Module):
     """A transformer of `transformers`, with a `LogProbHead` in its head's place.
@@ -153,9 +157,6 @@ def recompute_blocks(transformer: PreTrainedModel) -> None:
     enable({"use_reentrant": False})
 
 
-RECOMPILE_LIMIT = 64
-
-
 def work_on_blocks(model: LanguageModel, how: Sequence[str]) -> None:
     """`model.blocks` of the configuration: Liger's kernels, recomputation in backward, compilation, in this order."""
     if "liger" in how:
@@ -166,8 +167,6 @@ def work_on_blocks(model: LanguageModel, how: Sequence[str]) -> None:
     if "checkpoint" in how:
         recompute_blocks(model.transformer)
     if "compile" in how:
-        # The blocks of all models share one function, and each model has variants of its own: with gradients and
-        # without, for a first shape, for any, for one sequence. Beyond the limit torch would go on without compiling.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
         for block in model.blocks:
             block.compile()
